@@ -1,0 +1,235 @@
+//! Checks a copy of a data set against its manifest: pairs, sizes, label values, counts, samples in two splits.
+//!
+//! Every problem is listed, not only the first; a damaged file does not end the check.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use crate::camvid::read_pair;
+use crate::error::DataError;
+use crate::manifest::{Manifest, Source};
+use crate::pairs::read_list;
+use crate::sample::{Dataset, Split};
+use crate::street::{StreetScenes, StreetScenesConfig};
+
+/// Whether a split is there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SplitStatus {
+    /// Its list file is there, or it is drawn.
+    Present,
+    /// This copy of the data set does not have it.
+    Absent,
+}
+
+/// Something that is not as it should be.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Problem {
+    /// File, or the data root.
+    pub file: String,
+    /// Place in it: a line, a pixel, or the whole.
+    pub place: String,
+    /// What stands there.
+    pub found: String,
+    /// What should.
+    pub expected: String,
+    /// The way out.
+    pub hint: String,
+}
+
+impl std::fmt::Display for Problem {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "`{}`, {}: found {}, expected {}\n  hint: {}",
+            self.file, self.place, self.found, self.expected, self.hint
+        )
+    }
+}
+
+/// What the check of one split found.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct SplitReport {
+    /// Split.
+    pub split: Split,
+    /// Whether it is there.
+    pub status: SplitStatus,
+    /// Images listed (of drawn data: drawn).
+    pub n_images: usize,
+    /// Everything wrong with it.
+    pub problems: Vec<Problem>,
+}
+
+/// What the check of a data set found.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct CheckReport {
+    /// Data set.
+    pub dataset: String,
+    /// A report for each split asked for.
+    pub splits: Vec<SplitReport>,
+}
+
+impl CheckReport {
+    /// Whether no split has a problem and at least one is present. An absent split is reported, not a problem.
+    pub fn is_ok(&self) -> bool {
+        self.splits.iter().all(|s| s.problems.is_empty())
+            && self.splits.iter().any(|s| s.status == SplitStatus::Present)
+    }
+}
+
+/// Drawn scenes that are looked at in each split: all come from one program, so a few stand for the rest.
+const N_DRAWN: usize = 8;
+
+/// Checks the named splits of a data set under `root`.
+///
+/// Each listed pair is decoded whole. For drawn data `root` is not looked at.
+pub fn check(root: &Path, manifest: &Manifest, splits: &[Split]) -> CheckReport {
+    let reports = match (manifest.source, manifest.locate(root)) {
+        (Source::Drawn, _) => splits.iter().map(|split| check_drawn(manifest, *split)).collect(),
+        (Source::Files, Ok(dir)) => check_files(&dir, manifest, splits),
+        (Source::Files, Err(error)) => {
+            let problems = vec![problem(&error, root)];
+            let absent = |split: &Split| SplitReport {
+                split: *split,
+                status: SplitStatus::Absent,
+                n_images: 0,
+                problems: problems.clone(),
+            };
+            splits.iter().map(absent).collect()
+        }
+    };
+    CheckReport { dataset: manifest.id.clone(), splits: reports }
+}
+
+fn check_files(dir: &Path, manifest: &Manifest, splits: &[Split]) -> Vec<SplitReport> {
+    // Name -> where it was first seen, over every split there is: a sample in two splits spoils both.
+    let mut seen: BTreeMap<String, (Split, PathBuf, usize)> = BTreeMap::new();
+    let mut reports = BTreeMap::new();
+    for split in manifest.splits.keys().copied() {
+        let asked = splits.contains(&split);
+        let mut report = SplitReport { split, status: SplitStatus::Present, n_images: 0, problems: Vec::new() };
+        let list = match read_list(manifest, dir, split) {
+            Ok(list) => list,
+            Err(DataError::Absent { .. }) => {
+                reports.insert(split, SplitReport { status: SplitStatus::Absent, ..report });
+                continue;
+            }
+            Err(error) => {
+                report.problems.push(problem(&error, dir));
+                reports.insert(split, report);
+                continue;
+            }
+        };
+        report.n_images = list.pairs.len() + list.problems.len();
+        report.problems.extend(list.problems.iter().map(|error| problem(error, dir)));
+        let expected = manifest.splits[&split].count;
+        if report.n_images != expected {
+            report.problems.push(Problem {
+                file: list.path.display().to_string(),
+                place: "whole list".into(),
+                found: format!("{} pairs", report.n_images),
+                expected: format!("{expected}, as published"),
+                hint: "numbers from another split cannot be compared with published ones; obtain the list again".into(),
+            });
+        }
+        for pair in &list.pairs {
+            if let Some((other, other_list, line)) = seen.get(&pair.name) {
+                report.problems.push(Problem {
+                    file: list.path.display().to_string(),
+                    place: format!("line {}", pair.line),
+                    found: format!("`{}`, which {other} has too (`{}`, line {line})", pair.name, other_list.display()),
+                    expected: "each sample in one split".into(),
+                    hint: "scores on samples that were learnt from mean nothing; remove it from one list".into(),
+                });
+            }
+            seen.entry(pair.name.clone()).or_insert_with(|| (split, list.path.clone(), pair.line));
+            if !asked {
+                continue;
+            }
+            match read_pair(manifest, &pair.image, &pair.label, &pair.name) {
+                Err(error) => report.problems.push(problem(&error, dir)),
+                Ok(sample) if sample.image.hw() != manifest.image_hw => report.problems.push(Problem {
+                    file: pair.image.display().to_string(),
+                    place: "whole picture".into(),
+                    found: size(sample.image.hw()),
+                    expected: size(manifest.image_hw),
+                    hint: "the published pictures have one size; was this copy resized?".into(),
+                }),
+                Ok(_) => {}
+            }
+        }
+        reports.insert(split, report);
+    }
+    let unknown = |split: Split| SplitReport { split, status: SplitStatus::Absent, n_images: 0, problems: Vec::new() };
+    splits.iter().map(|split| reports.get(split).cloned().unwrap_or_else(|| unknown(*split))).collect()
+}
+
+fn check_drawn(manifest: &Manifest, split: Split) -> SplitReport {
+    let [height, width] = manifest.image_hw;
+    let n = |split| manifest.splits.get(&split).map_or(0, |s| s.count);
+    let cfg = StreetScenesConfig {
+        height,
+        width,
+        seed: 0,
+        n_train: n(Split::Train),
+        n_val: n(Split::Val),
+        n_test: n(Split::Test),
+    };
+    let mut report = SplitReport { split, status: SplitStatus::Present, n_images: n(split), problems: Vec::new() };
+    let drawn = StreetScenes::new(cfg, split).and_then(|scenes| {
+        (0..scenes.len().min(N_DRAWN)).try_for_each(|i| {
+            let sample = scenes.sample(i)?;
+            sample.check_sizes()
+        })
+    });
+    if let Err(error) = drawn {
+        report.problems.push(problem(&error, Path::new(&manifest.id)));
+    }
+    report
+}
+
+fn size(hw: [usize; 2]) -> String {
+    format!("{}x{} (width x height)", hw[1], hw[0])
+}
+
+/// An error as a problem; `root` stands for the file where the error names none.
+fn problem(error: &DataError, root: &Path) -> Problem {
+    let make = |file: String, place: &str, found: String, expected: String, hint: &str| Problem {
+        file,
+        place: place.into(),
+        found,
+        expected,
+        hint: hint.into(),
+    };
+    match error {
+        DataError::Image { path, why, hint } => {
+            make(path.display().to_string(), "whole file", why.clone(), "a picture that can be decoded".into(), hint)
+        }
+        DataError::LabelFormat { path, found, hint } => {
+            make(path.display().to_string(), "whole file", found.clone(), "8-bit single-channel class ids".into(), hint)
+        }
+        DataError::LabelValue { path, row, column, found, expected, hint } => make(
+            path.display().to_string(),
+            &format!("row {row}, column {column}"),
+            format!("label {found}"),
+            expected.clone(),
+            hint,
+        ),
+        DataError::PairSize { image, image_hw, label, label_hw } => make(
+            label.clone(),
+            "whole picture",
+            size(*label_hw),
+            format!("{}, as its image `{image}`", size(*image_hw)),
+            "labels are never resized on reading; use the label file that belongs to the image",
+        ),
+        DataError::List { list, line, found, expected, hint } => {
+            make(list.display().to_string(), &format!("line {line}"), found.clone(), expected.clone(), hint)
+        }
+        DataError::Absent { root, why, hint, .. } => {
+            make(root.display().to_string(), "whole folder", why.clone(), "the data set".into(), hint)
+        }
+        other => make(root.display().to_string(), "whole", other.to_string(), "no error".into(), "see the message"),
+    }
+}

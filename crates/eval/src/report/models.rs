@@ -1,0 +1,95 @@
+//! The models a report compares: their order, names and colours.
+
+use crate::table::{SummaryRow, summarize};
+
+use super::Report;
+
+/// Colours of the style sheet; further models repeat them with another dash.
+pub(super) const N_COLORS: usize = 10;
+
+/// One model over all splits and seeds.
+pub(super) struct Model {
+    pub(super) method: String,
+    pub(super) role: String,
+    pub(super) encoder: String,
+    pub(super) params: Option<u64>,
+    pub(super) macs: Option<u64>,
+    /// Position among the colours of the style sheet, which are `--s0` (for the teacher), `--s1`, ...
+    pub(super) color: usize,
+    /// Summary of each split that was evaluated.
+    pub(super) splits: Vec<SummaryRow>,
+}
+
+impl Model {
+    /// `Teacher`, `Student (CSC+CE)`, or the method itself for a role of the caller's.
+    pub(super) fn name(&self) -> String {
+        match self.role.as_str() {
+            "teacher" => "Teacher".to_string(),
+            "student" => format!("Student ({})", self.method.to_uppercase()),
+            _ => self.method.clone(),
+        }
+    }
+
+    pub(super) fn on(&self, split: &str) -> Option<&SummaryRow> {
+        self.splits.iter().find(|s| s.split == split)
+    }
+
+    fn rank(&self, baseline: &str) -> u8 {
+        match (self.role.as_str(), self.method == baseline) {
+            ("teacher", _) => 0,
+            (_, true) => 1,
+            _ => 2,
+        }
+    }
+}
+
+/// All models: teachers, then the baseline, then the others, each in the order of the rows.
+pub(super) fn models(report: &Report) -> Vec<Model> {
+    let mut models: Vec<Model> = Vec::new();
+    for row in summarize(&report.rows) {
+        match models.iter_mut().find(|m| m.splits[0].same_model(&row)) {
+            Some(model) => model.splits.push(row),
+            None => models.push(Model {
+                method: row.method.clone(),
+                role: row.role.clone(),
+                encoder: row.encoder.clone(),
+                params: row.params,
+                macs: row.macs,
+                color: 0,
+                splits: vec![row],
+            }),
+        }
+    }
+    models.sort_by_key(|m| m.rank(&report.baseline));
+    // The grey of the first colour is the teacher's alone.
+    let first = usize::from(models.first().is_none_or(|m| m.role != "teacher"));
+    models.iter_mut().enumerate().for_each(|(i, m)| m.color = first + i);
+    models
+}
+
+/// The splits of the page: those expected, then others that the rows have.
+pub(super) fn splits(report: &Report) -> Vec<String> {
+    let mut splits = report.splits.clone();
+    for row in &report.rows {
+        if !splits.contains(&row.split) {
+            splits.push(row.split.clone());
+        }
+    }
+    splits
+}
+
+/// The expected splits on which nothing was evaluated.
+pub(super) fn absent(report: &Report) -> Vec<String> {
+    report.splits.iter().filter(|s| report.rows.iter().all(|r| r.split != **s)).cloned().collect()
+}
+
+/// The model that a curve's label names.
+pub(super) fn model_of<'a>(label: &str, models: &'a [Model]) -> Option<&'a Model> {
+    let names = |word: &str| {
+        label.strip_prefix(word).is_some_and(|rest| rest.is_empty() || rest.starts_with([' ', '/', ',', '(', ':']))
+    };
+    if names("teacher") {
+        return models.iter().find(|m| m.role == "teacher");
+    }
+    models.iter().filter(|m| m.role != "teacher" && names(&m.method)).max_by_key(|m| m.method.len())
+}

@@ -1,0 +1,107 @@
+//! Rows of one model under several seeds, summarised.
+
+use polars::prelude::DataFrame;
+use serde::{Deserialize, Serialize};
+
+use super::rows::{ResultRow, counts, counts_or_null, numbers, texts};
+use crate::error::Result;
+use crate::stats::MeanSd;
+
+/// One model on one split over all its seeds.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SummaryRow {
+    /// As [`ResultRow::method`].
+    pub method: String,
+    /// As [`ResultRow::role`].
+    pub role: String,
+    /// As [`ResultRow::encoder`].
+    pub encoder: String,
+    /// As [`ResultRow::split`].
+    pub split: String,
+    /// Seeds, in the order of the rows.
+    pub seeds: Vec<u64>,
+    /// Mean IoU.
+    pub miou: MeanSd,
+    /// Pixel accuracy.
+    pub pixel_accuracy: MeanSd,
+    /// Mean class accuracy.
+    pub mean_accuracy: MeanSd,
+    /// Frequency-weighted IoU.
+    pub fw_iou: MeanSd,
+    /// Smallest and largest number of classes present among the seeds.
+    pub n_classes_present: [usize; 2],
+    /// Images evaluated, the largest among the seeds.
+    pub n_images: usize,
+    /// Trainable parameters, of the first row.
+    pub params: Option<u64>,
+    /// Multiply-accumulates of one image, of the first row.
+    pub macs: Option<u64>,
+}
+
+impl SummaryRow {
+    /// Whether both rows are of one model (method, role and encoder), on whatever split.
+    pub fn same_model(&self, other: &SummaryRow) -> bool {
+        (&self.method, &self.role, &self.encoder) == (&other.method, &other.role, &other.encoder)
+    }
+}
+
+/// Mean and sample deviation over seeds for each model and split, in the order of first appearance.
+pub fn summarize(rows: &[ResultRow]) -> Vec<SummaryRow> {
+    let mut groups: Vec<Vec<&ResultRow>> = Vec::new();
+    let key = |r: &ResultRow| (r.method.clone(), r.role.clone(), r.encoder.clone(), r.split.clone());
+    for row in rows {
+        match groups.iter_mut().find(|g| key(g[0]) == key(row)) {
+            Some(group) => group.push(row),
+            None => groups.push(vec![row]),
+        }
+    }
+    groups
+        .iter()
+        .map(|group| {
+            let of = |value: fn(&ResultRow) -> f64| MeanSd::of(group.iter().map(|r| value(r)));
+            let present = group.iter().map(|r| r.n_classes_present);
+            SummaryRow {
+                method: group[0].method.clone(),
+                role: group[0].role.clone(),
+                encoder: group[0].encoder.clone(),
+                split: group[0].split.clone(),
+                seeds: group.iter().map(|r| r.seed).collect(),
+                miou: of(|r| r.miou),
+                pixel_accuracy: of(|r| r.pixel_accuracy),
+                mean_accuracy: of(|r| r.mean_accuracy),
+                fw_iou: of(|r| r.fw_iou),
+                n_classes_present: [present.clone().min().unwrap_or(0), present.max().unwrap_or(0)],
+                n_images: group.iter().map(|r| r.n_images).max().unwrap_or(0),
+                params: group[0].params,
+                macs: group[0].macs,
+            }
+        })
+        .collect()
+}
+
+/// The frame of a summary: method, role, encoder, split, n_seeds, then mean and deviation of each score, the least
+/// number of classes present, n_images, params, macs.
+pub fn summary_frame(rows: &[SummaryRow]) -> Result<DataFrame> {
+    let mut columns = vec![
+        texts(rows, "method", |r| &r.method),
+        texts(rows, "role", |r| &r.role),
+        texts(rows, "encoder", |r| &r.encoder),
+        texts(rows, "split", |r| &r.split),
+        counts(rows, "n_seeds", |r| r.seeds.len() as u64),
+    ];
+    let scores: [(&str, fn(&SummaryRow) -> MeanSd); 4] = [
+        ("miou", |r| r.miou),
+        ("pixel_accuracy", |r| r.pixel_accuracy),
+        ("mean_accuracy", |r| r.mean_accuracy),
+        ("fw_iou", |r| r.fw_iou),
+    ];
+    for (name, score) in scores {
+        columns.push(numbers(rows, &format!("{name}_mean"), |r| Some(score(r).mean)));
+        columns.push(numbers(rows, &format!("{name}_sd"), |r| score(r).sd));
+    }
+    columns.push(counts(rows, "n_classes_present", |r| r.n_classes_present[0] as u64));
+    columns.push(counts(rows, "n_images", |r| r.n_images as u64));
+    columns.push(counts_or_null(rows, "params", |r| r.params));
+    columns.push(counts_or_null(rows, "macs", |r| r.macs));
+    Ok(DataFrame::new_infer_height(columns)?)
+}

@@ -1,0 +1,218 @@
+//! Aligned Xception-65 (Chen et al. 2018, figure 4), timm's layout and names, without the classifier.
+//!
+//! Two stem convolutions, three entry blocks, sixteen middle blocks, two exit blocks; each block is three separable
+//! convolutions, the stride sits in the third. In all but the last block a ReLU precedes each separable convolution and
+//! none is inside it; the last block has no skip and its ReLUs follow both parts of each convolution. Normalisation
+//! constant 1e-3.
+
+use candle_core::Tensor;
+use segdistill_ops::{BatchNormConfig, Mode, Scope, relu};
+
+use super::{Encoder, EncoderOptions, EncoderOutput, EncoderPlan, EncoderTaps, EncoderTrace, Normalisation};
+use crate::error::Result;
+use crate::layers::{ConvBn, ConvBnRelu, ConvShape, SeparableConv, SeparableShape};
+use crate::spec::{Tap, scaled};
+
+const NORM: BatchNormConfig = BatchNormConfig { eps: 1e-3, momentum: 0.1 };
+/// Block that holds the fine map: the second entry block, before its strided third convolution.
+const LOW_BLOCK: usize = 1;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Skip {
+    Identity,
+    Projection(ConvShape),
+    /// The last block: no skip, ReLU inside the convolutions instead of before them.
+    None,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct BlockShape {
+    convs: [SeparableShape; 3],
+    skip: Skip,
+}
+
+impl BlockShape {
+    fn macs(&self, hw: [usize; 2]) -> Result<(u64, [usize; 2])> {
+        let mut total = match self.skip {
+            Skip::Projection(conv) => conv.macs(hw)?.0,
+            Skip::Identity | Skip::None => 0,
+        };
+        let mut at = hw;
+        for conv in &self.convs {
+            let (macs, out) = conv.macs(at)?;
+            total += macs;
+            at = out;
+        }
+        Ok((total, at))
+    }
+}
+
+/// An aligned Xception before it has weights.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct XceptionPlan {
+    output_stride: usize,
+    stem: [ConvShape; 2],
+    blocks: Vec<BlockShape>,
+}
+
+impl XceptionPlan {
+    /// Xception-65: sixteen middle blocks.
+    ///
+    /// A block that would step beyond the output stride keeps stride 1; the blocks after it are dilated by what was
+    /// saved. Output stride 16: dilation 2 in the last block. Output stride 8: 2 from the first middle block on, 4 in
+    /// the last.
+    pub fn xception65(options: EncoderOptions) -> Self {
+        let entry = [([128; 3], 2), ([256; 3], 2), ([728; 3], 2)];
+        let middle = [([728; 3], 1); 16];
+        let exit = [([728, 1024, 1024], 2), ([1536, 1536, 2048], 1)];
+        let published: Vec<([usize; 3], usize)> = entry.into_iter().chain(middle).chain(exit).collect();
+
+        let channels = |base| scaled(base, options.width);
+        let stem = [ConvShape::new(3, channels(32), 3).strided(2), ConvShape::new(channels(32), channels(64), 3)];
+        let (mut n_in, mut stride, mut dilation) = (stem[1].n_out, 2, 1);
+        let mut blocks = Vec::with_capacity(published.len());
+        for (i, &(base, step)) in published.iter().enumerate() {
+            let taken = if stride * step > options.output_stride { 1 } else { step };
+            let outs = base.map(channels);
+            let separable = |k: usize| {
+                let from = if k == 0 { n_in } else { outs[k - 1] };
+                let step = if k == 2 { taken } else { 1 };
+                SeparableShape::new(from, outs[k], 3).strided(step).dilated(dilation)
+            };
+            // Decided by the published network, so that neither dilation nor width changes the tensors.
+            let skip = match (i + 1 == published.len(), step) {
+                (true, _) => Skip::None,
+                (false, 1) => Skip::Identity,
+                (false, _) => Skip::Projection(ConvShape::new(n_in, outs[2], 1).strided(taken)),
+            };
+            blocks.push(BlockShape { convs: std::array::from_fn(separable), skip });
+            n_in = outs[2];
+            stride *= taken;
+            dilation *= step / taken;
+        }
+        Self { output_stride: options.output_stride, stem, blocks }
+    }
+}
+
+impl EncoderPlan for XceptionPlan {
+    fn taps(&self) -> EncoderTaps {
+        let out = |block: &BlockShape, k: usize| block.convs[k].pointwise.n_out;
+        EncoderTaps {
+            low: Tap { name: "low", channels: out(&self.blocks[LOW_BLOCK], 1), stride: 4 },
+            high: Tap {
+                name: "high",
+                channels: out(&self.blocks[self.blocks.len() - 1], 2),
+                stride: self.output_stride,
+            },
+        }
+    }
+
+    fn normalisation(&self) -> Normalisation {
+        Normalisation { mean: [0.5; 3], std: [0.5; 3] }
+    }
+
+    fn prefers_separable(&self) -> bool {
+        true
+    }
+
+    fn n_parameters(&self) -> usize {
+        let stem: usize = self.stem.iter().copied().map(ConvBn::n_parameters).sum();
+        let block = |block: &BlockShape| {
+            let skip = if let Skip::Projection(conv) = block.skip { ConvBn::n_parameters(conv) } else { 0 };
+            skip + block.convs.iter().map(SeparableShape::n_parameters).sum::<usize>()
+        };
+        stem + self.blocks.iter().map(block).sum::<usize>()
+    }
+
+    fn trace(&self, hw: [usize; 2]) -> Result<EncoderTrace> {
+        let (mut macs, mut hw) = (0, hw);
+        for conv in &self.stem {
+            let (more, out) = conv.macs(hw)?;
+            macs += more;
+            hw = out;
+        }
+        let mut low_hw = hw;
+        for (i, block) in self.blocks.iter().enumerate() {
+            if i == LOW_BLOCK {
+                // Only the block's third convolution is strided.
+                low_hw = hw;
+            }
+            let (more, out) = block.macs(hw)?;
+            macs += more;
+            hw = out;
+        }
+        Ok(EncoderTrace { macs, low_hw, high_hw: hw })
+    }
+
+    fn build(&self, scope: &Scope) -> Result<Box<dyn Encoder>> {
+        let stem = |i: usize| {
+            let at = scope.pp("stem").pp(i);
+            ConvBnRelu::new(self.stem[i], NORM, &at.pp("conv"), &at.pp("bn"))
+        };
+        let stem = [stem(0)?, stem(1)?];
+        let at = scope.pp("blocks");
+        let block = |(i, shape)| Block::new(shape, &at.pp(i));
+        let blocks = self.blocks.iter().enumerate().map(block).collect::<Result<Vec<_>>>()?;
+        Ok(Box::new(Xception { stem, blocks }))
+    }
+}
+
+struct Block {
+    convs: [SeparableConv; 3],
+    shape: BlockShape,
+    projection: Option<ConvBn>,
+}
+
+impl Block {
+    fn new(shape: &BlockShape, scope: &Scope) -> Result<Self> {
+        let relu_inside = shape.skip == Skip::None;
+        let stack = scope.pp("stack");
+        let conv =
+            |k: usize| SeparableConv::new(shape.convs[k], NORM, relu_inside, &stack.pp(format_args!("conv{}", k + 1)));
+        let projection = match shape.skip {
+            Skip::Projection(conv) => {
+                let at = scope.pp("shortcut");
+                Some(ConvBn::new(conv, NORM, &at.pp("conv"), &at.pp("bn"))?)
+            }
+            Skip::Identity | Skip::None => None,
+        };
+        Ok(Self { convs: [conv(0)?, conv(1)?, conv(2)?], shape: *shape, projection })
+    }
+
+    /// The block's output and what its second convolution gave, before any ReLU.
+    fn forward(&self, x_nchw: &Tensor, mode: Mode) -> Result<(Tensor, Tensor)> {
+        let step = |x: &Tensor, conv: &SeparableConv| match self.shape.skip {
+            Skip::None => conv.forward(x, mode),
+            Skip::Identity | Skip::Projection(_) => conv.forward(&relu(x)?, mode),
+        };
+        let second = step(&step(x_nchw, &self.convs[0])?, &self.convs[1])?;
+        let out = step(&second, &self.convs[2])?;
+        let out = match (&self.projection, self.shape.skip) {
+            (Some(projection), _) => (out + projection.forward(x_nchw, mode)?)?,
+            (None, Skip::None) => out,
+            (None, _) => (out + x_nchw)?,
+        };
+        Ok((out, second))
+    }
+}
+
+struct Xception {
+    stem: [ConvBnRelu; 2],
+    blocks: Vec<Block>,
+}
+
+impl Encoder for Xception {
+    fn forward(&self, images_nchw: &Tensor, mode: Mode) -> Result<EncoderOutput> {
+        let mut x = self.stem[1].forward(&self.stem[0].forward(images_nchw, mode)?, mode)?;
+        let mut low_nchw = x.clone();
+        for (i, block) in self.blocks.iter().enumerate() {
+            let (out, second) = block.forward(&x, mode)?;
+            if i == LOW_BLOCK {
+                // As DeepLab's `entry_flow/block2/.../separable_conv2_pointwise`; timm's tap lies one ReLU later.
+                low_nchw = second;
+            }
+            x = out;
+        }
+        Ok(EncoderOutput { low_nchw, high_nchw: x })
+    }
+}

@@ -1,0 +1,77 @@
+//! The error of this crate: what was found, what was expected, and the way out.
+
+use std::path::PathBuf;
+
+use segdistill_ops::OpsError;
+
+/// Result of building or running a network.
+pub type Result<T> = std::result::Result<T, ModelError>;
+
+/// What can go wrong in describing, building or running a network.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ModelError {
+    /// A network or encoder that is not in the catalogue.
+    #[error("unknown {what} `{found}`, known: {}\n  hint: names are lower case, without spaces or hyphens", .known.join(", "))]
+    Unknown {
+        /// What was looked for: `model` or `encoder`.
+        what: &'static str,
+        /// The name asked for.
+        found: String,
+        /// Every name there is.
+        known: Vec<&'static str>,
+    },
+    /// A setting of a [`ModelSpec`](crate::ModelSpec) outside its range.
+    #[error("{setting} is {found}, expected {expected}\n  hint: {hint}")]
+    Setting {
+        /// Field of the spec.
+        setting: &'static str,
+        /// Its value.
+        found: String,
+        /// The range.
+        expected: &'static str,
+        /// The way out.
+        hint: &'static str,
+    },
+    /// An input that is no batch of RGB images of a usable size.
+    #[error("{model}: input is {found}, expected {expected}\n  hint: {hint}")]
+    Input {
+        /// The network.
+        model: String,
+        /// What was passed.
+        found: String,
+        /// What the network takes.
+        expected: String,
+        /// The way out.
+        hint: &'static str,
+    },
+    /// A weight file that cannot be written.
+    #[error("cannot write weights `{path}`: {why}\n  hint: the folder must exist and have room for the file")]
+    Write {
+        /// File.
+        path: PathBuf,
+        /// Reason.
+        why: String,
+    },
+    /// An operation or the parameter store refused; a wrong set of weights is
+    /// [`OpsError::Mismatch`](segdistill_ops::OpsError::Mismatch).
+    #[error(transparent)]
+    Ops(#[from] OpsError),
+}
+
+impl ModelError {
+    pub(crate) fn setting(
+        setting: &'static str,
+        found: impl std::fmt::Display,
+        expected: &'static str,
+        hint: &'static str,
+    ) -> Self {
+        Self::Setting { setting, found: found.to_string(), expected, hint }
+    }
+}
+
+impl From<candle_core::Error> for ModelError {
+    fn from(error: candle_core::Error) -> Self {
+        Self::Ops(OpsError::Candle(error))
+    }
+}

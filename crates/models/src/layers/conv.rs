@@ -1,0 +1,141 @@
+//! Convolution: its numbers and the layer.
+
+use candle_core::Tensor;
+use segdistill_ops::{Conv2dConfig, Init, OpsError, ParamKind, Scope, conv2d};
+
+use crate::error::Result;
+
+/// A square convolution before it has weights, padded so that stride 1 keeps the size (`dilation * (kernel - 1) / 2`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ConvShape {
+    /// Input channels.
+    pub n_in: usize,
+    /// Output channels.
+    pub n_out: usize,
+    /// Kernel side, odd, in taps.
+    pub kernel: usize,
+    /// Step of the output grid, in pixels.
+    pub stride: usize,
+    /// Distance between taps, in pixels.
+    pub dilation: usize,
+    /// Whether each channel is convolved alone (`n_in == n_out` groups).
+    pub depthwise: bool,
+    /// Whether a bias is added.
+    pub bias: bool,
+}
+
+impl ConvShape {
+    /// A dense convolution of stride 1 without bias.
+    pub fn new(n_in: usize, n_out: usize, kernel: usize) -> Self {
+        Self { n_in, n_out, kernel, stride: 1, dilation: 1, depthwise: false, bias: false }
+    }
+
+    /// A depthwise convolution of stride 1 without bias.
+    pub fn depthwise(channels: usize, kernel: usize) -> Self {
+        Self { depthwise: true, ..Self::new(channels, channels, kernel) }
+    }
+
+    /// The same with another stride.
+    pub fn strided(self, stride: usize) -> Self {
+        Self { stride, ..self }
+    }
+
+    /// The same with another dilation.
+    pub fn dilated(self, dilation: usize) -> Self {
+        Self { dilation, ..self }
+    }
+
+    /// The same with a bias.
+    pub fn with_bias(self) -> Self {
+        Self { bias: true, ..self }
+    }
+
+    /// Geometry as the operation takes it.
+    pub fn config(&self) -> Conv2dConfig {
+        Conv2dConfig {
+            stride: [self.stride; 2],
+            padding: [self.dilation * (self.kernel - 1) / 2; 2],
+            dilation: [self.dilation; 2],
+            groups: if self.depthwise { self.n_in } else { 1 },
+        }
+    }
+
+    /// `[n_out, n_in / groups, kernel, kernel]`.
+    pub fn weight_shape(&self) -> [usize; 4] {
+        [self.n_out, if self.depthwise { 1 } else { self.n_in }, self.kernel, self.kernel]
+    }
+
+    /// Trained elements.
+    pub fn n_parameters(&self) -> usize {
+        self.weight_shape().iter().product::<usize>() + if self.bias { self.n_out } else { 0 }
+    }
+
+    /// Output height and width for input `[h, w]`.
+    ///
+    /// # Errors
+    /// `Ops(Shape)` when the input is empty.
+    pub fn output_hw(&self, hw: [usize; 2]) -> Result<[usize; 2]> {
+        let fitting = if hw.contains(&0) { None } else { self.config().output_hw(hw, [self.kernel; 2]) };
+        let shape_error =
+            || OpsError::shape("conv2d", format!("input {hw:?}"), "at least one row and column", "use a larger image");
+        Ok(fitting.ok_or_else(shape_error)?)
+    }
+
+    /// Multiply-accumulates of one image of size `[h, w]` (the bias counts none), and the output size.
+    ///
+    /// `out_h * out_w * n_out * n_in / groups * kernel^2`: taps that fall on padding are counted, as is usual.
+    ///
+    /// # Errors
+    /// As [`ConvShape::output_hw`].
+    pub fn macs(&self, hw: [usize; 2]) -> Result<(u64, [usize; 2])> {
+        let out = self.output_hw(hw)?;
+        let taps: usize = self.weight_shape().iter().product();
+        Ok((out[0] as u64 * out[1] as u64 * taps as u64, out))
+    }
+}
+
+/// A convolution; parameters `weight` and, where it has one, `bias`.
+#[derive(Clone, Debug)]
+pub struct Conv2d {
+    weight: Tensor,
+    bias: Option<Tensor>,
+    config: Conv2dConfig,
+}
+
+impl Conv2d {
+    /// Builds it in `scope`, weights from Kaiming's normal distribution (fan-out), bias 0.
+    ///
+    /// # Errors
+    /// `Ops(Config)` when the names are taken.
+    pub fn new(shape: ConvShape, scope: &Scope) -> Result<Self> {
+        // Of one group of a depthwise convolution fan-in and fan-out are the same number, k^2; the store's fan-out
+        // would count all groups.
+        let init = if shape.depthwise { Init::KaimingFanIn } else { Init::KaimingFanOut };
+        Self::with_init(shape, init, scope)
+    }
+
+    /// Builds it in `scope` with weights from `init`, bias 0.
+    ///
+    /// # Errors
+    /// `Ops(Config)` when the names are taken.
+    pub fn with_init(shape: ConvShape, init: Init, scope: &Scope) -> Result<Self> {
+        let weight = scope.get("weight", &shape.weight_shape(), ParamKind::Weight, init)?;
+        let bias = match shape.bias {
+            true => Some(scope.get("bias", &[shape.n_out], ParamKind::Bias, Init::Constant(0.0))?),
+            false => None,
+        };
+        Ok(Self { weight, bias, config: shape.config() })
+    }
+
+    /// Convolves.
+    ///
+    /// # Shapes
+    /// `[n, n_in, h, w]` to `[n, n_out, h', w']`, sizes as [`ConvShape::output_hw`]
+    /// # Gradient
+    /// Reaches input, weight and bias.
+    /// # Errors
+    /// `Ops(Shape)` when the channels differ.
+    pub fn forward(&self, x_nchw: &Tensor) -> Result<Tensor> {
+        Ok(conv2d(x_nchw, &self.weight, self.bias.as_ref(), self.config)?)
+    }
+}

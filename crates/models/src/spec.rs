@@ -1,0 +1,186 @@
+//! What a network is asked to be ([`ModelSpec`]) and what it then says of itself ([`ModelInfo`], [`Tap`]).
+
+use serde::{Deserialize, Serialize};
+
+use crate::encoders;
+use crate::error::{ModelError, Result};
+
+/// Networks of this crate.
+pub(crate) const MODELS: [&str; 1] = ["deeplabv3plus"];
+
+/// Smallest height and width a network takes, in pixels: the deepest grid still has a pixel at output stride 32.
+pub(crate) const MIN_SIDE: usize = 32;
+/// Largest height and width, in pixels: beyond it counts of multiply-accumulates could leave 64 bits.
+pub(crate) const MAX_SIDE: usize = 65_536;
+
+/// A network as a configuration file writes it.
+///
+/// Two networks of equal spec have tensors of equal names and shapes; dropout and output stride change neither.
+///
+/// # Example
+/// ```
+/// use segdistill_models::ModelSpec;
+/// let spec = ModelSpec { width: 0.25, ..ModelSpec::deeplabv3plus("resnet34", 11) };
+/// assert!(spec.validate().is_ok());
+/// assert!(ModelSpec { output_stride: 12, ..spec }.validate().is_err());
+/// ```
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelSpec {
+    /// Network: `deeplabv3plus`.
+    pub name: String,
+    /// Encoder: `resnet18`, `resnet34` or `xception65`.
+    pub encoder: String,
+    /// Number of classes, void not counted: at least 2.
+    pub n_classes: usize,
+    /// Multiplier of every channel count but the image's and the classes', in (0, 4]; the products are rounded to
+    /// multiples of 8, at least 8.
+    pub width: f64,
+    /// Stride of the encoder's last grid, in pixels: 8 or 16.
+    pub output_stride: usize,
+    /// Probability with which dropout zeroes an element of the pyramid's output, in [0, 1).
+    pub dropout: f64,
+    /// Channels of the decoder before `width`: a multiple of 8, at most 4096.
+    pub decoder_channels: usize,
+}
+
+impl ModelSpec {
+    /// DeepLabV3+ as published: full width, output stride 16, 256 decoder channels, dropout 0.1.
+    pub fn deeplabv3plus(encoder: &str, n_classes: usize) -> Self {
+        Self {
+            name: MODELS[0].to_string(),
+            encoder: encoder.to_string(),
+            n_classes,
+            width: 1.0,
+            output_stride: 16,
+            dropout: 0.1,
+            decoder_channels: 256,
+        }
+    }
+
+    /// Checks every field.
+    ///
+    /// # Errors
+    /// `Unknown` for a name that does not exist, listing those that do; `Setting` for a value outside its range.
+    pub fn validate(&self) -> Result<()> {
+        let unknown = |what, found: &str, known: Vec<&'static str>| match known.contains(&found) {
+            true => Ok(()),
+            false => Err(ModelError::Unknown { what, found: found.to_string(), known }),
+        };
+        unknown("model", &self.name, MODELS.to_vec())?;
+        unknown("encoder", &self.encoder, encoders::names())?;
+        // Labels are bytes and 255 is void, so 255 classes (0..=254) are the most a label map can name.
+        if !(2..=255).contains(&self.n_classes) {
+            let hint = "count the classes without void";
+            return Err(ModelError::setting("n_classes", self.n_classes, "2 to 255", hint));
+        }
+        // Written so that NaN fails too.
+        if !(self.width > 0.0 && self.width <= 4.0) {
+            return Err(ModelError::setting("width", self.width, "above 0, at most 4", "1 is the published width"));
+        }
+        if ![8, 16].contains(&self.output_stride) {
+            let hint = "16 is the published setting, 8 costs two to three times as much";
+            return Err(ModelError::setting("output_stride", self.output_stride, "8 or 16", hint));
+        }
+        if !(self.dropout >= 0.0 && self.dropout < 1.0) {
+            let hint = "0 switches dropout off";
+            return Err(ModelError::setting("dropout", self.dropout, "at least 0, below 1", hint));
+        }
+        let channels = self.decoder_channels;
+        if channels == 0 || !channels.is_multiple_of(8) || channels > 4096 {
+            let hint = "256 is the published number; make the whole network smaller with width";
+            return Err(ModelError::setting("decoder_channels", channels, "a multiple of 8, 8 to 4096", hint));
+        }
+        Ok(())
+    }
+}
+
+/// `base * width`, rounded to the nearest multiple of 8, at least 8.
+pub(crate) fn scaled(base: usize, width: f64) -> usize {
+    ((base as f64 * width / 8.0).round() as usize).max(1) * 8
+}
+
+/// A feature map a network hands out by name.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Tap {
+    /// Key in [`SegOutput::features`](crate::SegOutput).
+    pub name: &'static str,
+    /// Channels.
+    pub channels: usize,
+    /// Stride of its grid against the image, in pixels.
+    pub stride: usize,
+}
+
+/// What a network says of itself.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ModelInfo {
+    /// What it was built from.
+    pub spec: ModelSpec,
+    /// Trained elements, running statistics left out.
+    pub n_parameters: usize,
+    /// Stride of the encoder's last grid, in pixels.
+    pub output_stride: usize,
+    /// Stride of the logits, in pixels.
+    pub logits_stride: usize,
+    /// Feature maps it hands out, from the image on.
+    pub taps: Vec<Tap>,
+    /// Mean that is subtracted from RGB in [0, 1].
+    pub mean: [f64; 3],
+    /// Standard deviation that it is then divided by.
+    pub std: [f64; 3],
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn channels_scale_to_multiples_of_eight() {
+        let at = |width| [32, 48, 64, 256, 728, 1536].map(|base| scaled(base, width));
+        assert_eq!(at(1.0), [32, 48, 64, 256, 728, 1536]);
+        assert_eq!(at(0.25), [8, 16, 16, 64, 184, 384]);
+        assert_eq!(at(1e-9), [8; 6]);
+        assert_eq!(at(4.0), [128, 192, 256, 1024, 2912, 6144]);
+    }
+
+    #[test]
+    fn every_field_is_checked_and_named() {
+        let good = ModelSpec::deeplabv3plus("resnet18", 11);
+        assert!(good.validate().is_ok());
+        let bad = [
+            ("encoder", ModelSpec { encoder: "resnet50x".into(), ..good.clone() }),
+            ("model", ModelSpec { name: "pspnet".into(), ..good.clone() }),
+            ("n_classes", ModelSpec { n_classes: 1, ..good.clone() }),
+            ("n_classes", ModelSpec { n_classes: 256, ..good.clone() }),
+            ("width", ModelSpec { width: 0.0, ..good.clone() }),
+            ("width", ModelSpec { width: 4.01, ..good.clone() }),
+            ("width", ModelSpec { width: f64::NAN, ..good.clone() }),
+            ("output_stride", ModelSpec { output_stride: 32, ..good.clone() }),
+            ("dropout", ModelSpec { dropout: 1.0, ..good.clone() }),
+            ("dropout", ModelSpec { dropout: -0.1, ..good.clone() }),
+            ("dropout", ModelSpec { dropout: f64::NAN, ..good.clone() }),
+            ("decoder_channels", ModelSpec { decoder_channels: 0, ..good.clone() }),
+            ("decoder_channels", ModelSpec { decoder_channels: 100, ..good.clone() }),
+            ("decoder_channels", ModelSpec { decoder_channels: 8192, ..good }),
+        ];
+        for (field, spec) in bad {
+            let text = spec.validate().unwrap_err().to_string();
+            assert!(text.contains(field) && text.contains("hint: "), "{text}");
+        }
+    }
+
+    #[test]
+    fn an_unknown_encoder_lists_the_known_ones() {
+        let text = ModelSpec::deeplabv3plus("resnet-34", 11).validate().unwrap_err().to_string();
+        assert!(text.starts_with("unknown encoder `resnet-34`, known: resnet18, resnet34, xception65"), "{text}");
+    }
+
+    #[test]
+    fn a_spec_survives_serde_and_unknown_keys_do_not() {
+        let spec = ModelSpec { width: 0.375, ..ModelSpec::deeplabv3plus("xception65", 19) };
+        let text = serde_json::to_string(&spec).unwrap();
+        assert_eq!(serde_json::from_str::<ModelSpec>(&text).unwrap(), spec);
+        let error = serde_json::from_str::<ModelSpec>(&text.replace("width", "widht")).unwrap_err().to_string();
+        assert!(error.contains("widht"), "{error}");
+    }
+}

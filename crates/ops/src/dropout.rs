@@ -1,0 +1,104 @@
+//! Dropout whose mask is a function of (seed, layer name, step).
+
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor, WithDType};
+use rayon::prelude::*;
+
+use crate::cpu::{Element, check_cpu_float, for_float, par_chunks, slice_of, vectorised, with_slice};
+use crate::error::{OpsError, Result};
+use crate::mode::Mode;
+use crate::planes::CHUNK;
+use crate::rng::Stream;
+
+const NAME: &str = "dropout";
+/// Elements a word of the mask decides.
+const BITS: usize = u64::BITS as usize;
+
+/// Inverted dropout: `y = x * keep / (1 - p)`, with `keep` 0 with probability `p`, else 1.
+///
+/// In `Eval`, or for `p = 0`, it is `x` itself.
+///
+/// Element `i` (row-major) is dropped where word `i` of the stream (`seed`, `"dropout/{name}"`, `[step]`) is below
+/// `round(p * 2^32)`: the mask depends on neither threads nor device, and a resumed run draws it again.
+///
+/// # Shapes
+/// Any shape, f32 or f64; returns the same.
+/// # Gradient
+/// `keep / (1 - p)`, the mask of the forward pass.
+/// # Errors
+/// `Config` when `p` lies outside [0, 1), for another element type or a tensor that is not on the CPU.
+/// # Source
+/// Srivastava et al. 2014; scaled in training as in PyTorch `torch.nn.functional.dropout`.
+pub fn dropout(x: &Tensor, p: f64, mode: Mode, name: &str) -> Result<Tensor> {
+    if !(0.0..1.0).contains(&p) {
+        return Err(OpsError::config(
+            format!("dropout `{name}`: p is {p}, expected 0 <= p < 1"),
+            "p is the share of elements set to 0; 0.1 and 0.5 are usual",
+        ));
+    }
+    let Mode::Train { seed, step } = mode else { return Ok(x.clone()) };
+    if p == 0.0 {
+        return Ok(x.clone());
+    }
+    check_cpu_float(NAME, &[x])?;
+    let stream = Stream::new(seed, &format!("dropout/{name}"), &[step]);
+    let op = Dropout { keep: keep_bits(&stream, x.elem_count(), p), scale: 1.0 / (1.0 - p) };
+    Ok(x.contiguous()?.apply_op1(op)?)
+}
+
+/// Bit `i` is 1 where element `i` stays.
+fn keep_bits(stream: &Stream, len: usize, p: f64) -> Vec<u64> {
+    let threshold = (p * 2f64.powi(32)).round() as u64;
+    let mut keep = vec![0u64; len.div_ceil(BITS)];
+    keep.par_chunks_mut(CHUNK / BITS).enumerate().for_each(|(i, bits)| {
+        let mut stream = stream.clone();
+        stream.skip_words((i * CHUNK) as u64);
+        for bits in bits {
+            *bits = (0..BITS).fold(0, |bits, k| bits | u64::from(u64::from(stream.word()) >= threshold) << k);
+        }
+    });
+    keep
+}
+
+struct Dropout {
+    keep: Vec<u64>,
+    scale: f64,
+}
+
+impl Dropout {
+    /// Forward and backward alike: the operation is linear and diagonal.
+    fn apply<T: Element>(&self, x: &[T]) -> Vec<T> {
+        let scale = T::from_f64(self.scale);
+        par_chunks(x.len(), CHUNK, |i, out| {
+            let (x, keep) = (&x[i * CHUNK..], &self.keep[i * CHUNK / BITS..]);
+            vectorised(|| {
+                for ((out, x), &bits) in out.chunks_mut(BITS).zip(x.chunks(BITS)).zip(keep) {
+                    for (k, (out, &x)) in out.iter_mut().zip(x).enumerate() {
+                        *out = if bits >> k & 1 == 1 { x * scale } else { T::ZERO };
+                    }
+                }
+            });
+        })
+    }
+}
+
+impl CustomOp1 for Dropout {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        for_float!(NAME, x.dtype(), T => {
+            let out = self.apply(slice_of::<T>(NAME, x, layout)?);
+            Ok((T::to_cpu_storage_owned(out), layout.shape().clone()))
+        })
+    }
+
+    fn bwd(&self, _x: &Tensor, _result: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        let grad = grad.contiguous()?;
+        for_float!(NAME, grad.dtype(), T => {
+            let out = with_slice::<T, _>(NAME, &grad, |g| Ok(self.apply(g)))?;
+            Ok(Some(Tensor::from_vec(out, grad.shape(), grad.device())?))
+        })
+    }
+}

@@ -1,0 +1,63 @@
+//! Differentiable operations that candle lacks, gets wrong or does slowly, with the parameter store and the seeded
+//! randomness every other crate builds on.
+//!
+//! Everything here is a function of tensors: [`conv2d`], [`batch_norm`], [`max_pool2d`], [`resize_bilinear`] and their
+//! kin take `[n, c, h, w]` tensors and record their own exact backward. CPU kernels run on rayon's global pool and give
+//! the same bits for any number of threads.
+//!
+//! What does not live here: networks, losses, anything that knows a class, a file format of a data set or a step.
+
+mod activation;
+mod conv;
+mod cpu;
+mod dropout;
+mod error;
+mod gemm;
+mod mode;
+mod norm;
+pub mod params;
+mod planes;
+mod pool;
+mod resize;
+pub mod rng;
+mod softmax;
+pub mod testing;
+
+pub use activation::{relu, relu6};
+pub use conv::{Conv2dConfig, conv2d};
+pub use dropout::dropout;
+pub use error::{Mismatch, OpsError, Result, ShapeDifference};
+pub use gemm::{Element, MatMut, MatRef, gemm};
+pub use mode::Mode;
+pub use norm::{BatchNormConfig, batch_norm};
+pub use params::{Init, NamedParam, ParamKind, ParamStore, Scope};
+pub use pool::{Pool2dConfig, adaptive_avg_pool2d, avg_pool2d, max_pool2d};
+pub use resize::{resize_bilinear, resize_nearest};
+pub use softmax::log_softmax;
+
+use candle_core::Tensor;
+
+/// Concatenates `[n, c_i, h, w]` maps along the channel axis.
+///
+/// # Shapes
+/// Every map shares `n`, `h` and `w`; returns `[n, sum c_i, h, w]`.
+/// # Errors
+/// `Shape` when the maps disagree; `Config` when there is none.
+pub fn concat_channels(maps_nchw: &[&Tensor]) -> Result<Tensor> {
+    let Some(first) = maps_nchw.first() else {
+        return Err(OpsError::config("concat_channels needs at least one map", "pass the maps to join"));
+    };
+    let (n, _, h, w) = first.dims4()?;
+    for (i, map) in maps_nchw.iter().enumerate() {
+        let dims = map.dims4()?;
+        if (dims.0, dims.2, dims.3) != (n, h, w) {
+            return Err(OpsError::shape(
+                "concat_channels",
+                format!("map {i} is {:?}", map.dims()),
+                format!("[{n}, _, {h}, {w}]"),
+                "resize the maps to one grid first",
+            ));
+        }
+    }
+    Ok(Tensor::cat(maps_nchw, 1)?)
+}

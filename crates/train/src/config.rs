@@ -1,0 +1,183 @@
+//! What one stage trains: plain data, serialised into the plan and into every checkpoint.
+
+use serde::{Deserialize, Serialize};
+
+use segdistill_models::ModelSpec;
+
+use crate::error::{Result, TrainError};
+
+/// One network trained once.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Stage {
+    /// Folder name and report label of the objective: `teacher`, `ce`, `csc+ce`, ...
+    pub method: String,
+    /// Network.
+    pub model: ModelSpec,
+    /// Seed of the initial weights, the data order, the augmentation and dropout.
+    pub seed: u64,
+    /// Optimizer steps.
+    pub steps: u64,
+    /// Images a step.
+    pub batch_size: usize,
+    /// Optimizer and schedule.
+    pub optim: OptimConfig,
+    /// Terms of the objective, in report order.
+    pub terms: Vec<TermConfig>,
+    /// Image sizes and augmentation.
+    pub input: InputConfig,
+    /// Weights of the classes in the cross entropy.
+    pub class_weighting: ClassWeighting,
+    /// Steps between two evaluations on val (and a checkpoint after each).
+    pub eval_every: u64,
+}
+
+/// SGD and its schedule.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OptimConfig {
+    /// Peak learning rate.
+    pub lr: f64,
+    /// Momentum in [0, 1).
+    pub momentum: f64,
+    /// Nesterov's form of the momentum.
+    pub nesterov: bool,
+    /// L2 decay of weights; norms and biases are left out unless `decay_all`.
+    pub weight_decay: f64,
+    /// Decay norms and biases too, as PyTorch does by default.
+    pub decay_all: bool,
+    /// Exponent of the polynomial decay.
+    pub poly_power: f64,
+    /// Steps of linear warm-up from 0.
+    pub warmup_steps: u64,
+    /// Upper bound of the global gradient norm; 0 switches clipping off.
+    pub clip_norm: f64,
+}
+
+/// One term of the objective (equation 6 of the patent is two of them).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TermConfig {
+    /// Which loss.
+    pub loss: TermKind,
+    /// Weight (lambda). A term of weight 0 is not computed.
+    pub weight: f64,
+    /// How the weight moves over the run.
+    #[serde(default)]
+    pub schedule: ScheduleConfig,
+}
+
+/// Losses a term can take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TermKind {
+    /// Cross entropy against the labels, at label resolution.
+    Ce,
+    /// Channel and spatial correlation against the teacher, at the decoder's resolution.
+    Csc,
+}
+
+impl TermKind {
+    /// Name in metrics and reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            TermKind::Ce => "ce",
+            TermKind::Csc => "csc",
+        }
+    }
+
+    /// Whether the term compares with a teacher.
+    pub fn needs_teacher(self) -> bool {
+        matches!(self, TermKind::Csc)
+    }
+}
+
+/// How a term's weight moves over the run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ScheduleConfig {
+    /// The same at every step.
+    #[default]
+    Constant,
+    /// From 0 to the full weight over the first tenth of the run.
+    RampUp,
+    /// From the full weight linearly to 0 at the end.
+    RampDown,
+}
+
+/// Sizes in pixels as `[height, width]`, and augmentation.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct InputConfig {
+    /// Images are shrunk to this size before anything else, in training and evaluation.
+    pub size: [usize; 2],
+    /// Training crop.
+    pub crop: [usize; 2],
+    /// Smallest and largest random scale.
+    pub scale: [f64; 2],
+    /// Probability of a horizontal flip.
+    pub flip: f64,
+    /// Half-width of the random brightness factor around 1; contrast and saturation take the same.
+    pub jitter: f64,
+    /// Loader threads.
+    pub workers: usize,
+}
+
+/// Class weights of the cross entropy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ClassWeighting {
+    /// All 1.
+    None,
+    /// Square root of median(frequency) / frequency, from the training labels.
+    SqrtMedianFrequency,
+    /// median(frequency) / frequency, from the training labels (SegNet).
+    MedianFrequency,
+}
+
+fn check(ok: bool, what: impl FnOnce() -> String, hint: &'static str) -> Result<()> {
+    if ok { Ok(()) } else { Err(TrainError::config(what(), hint)) }
+}
+
+impl Stage {
+    /// Checks every range that can be checked without data or weights.
+    ///
+    /// # Errors
+    /// `Config` naming the first setting outside its range.
+    pub fn validate(&self) -> Result<()> {
+        let (o, i) = (&self.optim, &self.input);
+        check(self.steps > 0, || "steps = 0".into(), "train for at least one step")?;
+        check(self.batch_size > 0, || "batch_size = 0".into(), "use at least one image a step")?;
+        check(self.eval_every > 0, || "eval_every = 0".into(), "evaluate at least once in the run")?;
+        check(o.lr > 0.0 && o.lr.is_finite(), || format!("optim.lr = {}", o.lr), "use a positive learning rate")?;
+        check(
+            (0.0..1.0).contains(&o.momentum),
+            || format!("optim.momentum = {}", o.momentum),
+            "use 0 <= momentum < 1",
+        )?;
+        check(o.weight_decay >= 0.0, || format!("optim.weight_decay = {}", o.weight_decay), "use 0 or more")?;
+        check(o.poly_power > 0.0, || format!("optim.poly_power = {}", o.poly_power), "0.9 is usual")?;
+        check(o.clip_norm >= 0.0, || format!("optim.clip_norm = {}", o.clip_norm), "0 switches clipping off")?;
+        let warm = || format!("optim.warmup_steps = {} of {} steps", o.warmup_steps, self.steps);
+        check(o.warmup_steps < self.steps, warm, "warm up for less than the whole run")?;
+        let sizes = || format!("input.size = {:?}, input.crop = {:?}", i.size, i.crop);
+        check(i.size.iter().chain(&i.crop).all(|s| *s >= 32), sizes, "networks of stride 16 need at least 32 pixels")?;
+        let scale = || format!("input.scale = {:?}", i.scale);
+        check(i.scale[0] > 0.0 && i.scale[0] <= i.scale[1], scale, "use 0 < smallest <= largest")?;
+        check((0.0..=1.0).contains(&i.flip), || format!("input.flip = {}", i.flip), "a probability")?;
+        check((0.0..1.0).contains(&i.jitter), || format!("input.jitter = {}", i.jitter), "use 0 <= jitter < 1")?;
+        check(!self.terms.is_empty(), || "objective has no term".into(), "add a term such as { loss = \"ce\" }")?;
+        for (k, t) in self.terms.iter().enumerate() {
+            let weight = || format!("weight of `{}` = {}", t.loss.name(), t.weight);
+            check(t.weight >= 0.0 && t.weight.is_finite(), weight, "use a weight of 0 or more")?;
+            let twice = || format!("term `{}` appears twice", t.loss.name());
+            check(self.terms[..k].iter().all(|u| u.loss != t.loss), twice, "add the weights into one term")?;
+        }
+        check(self.terms.iter().any(|t| t.weight > 0.0), || "every term has weight 0".into(), "give one a weight")
+    }
+
+    /// Whether a term of the objective compares with a teacher.
+    pub fn needs_teacher(&self) -> bool {
+        self.terms.iter().any(|t| t.weight > 0.0 && t.loss.needs_teacher())
+    }
+}

@@ -1,0 +1,338 @@
+//! One stage: a network trained once, from the first step to its best weights, on one page.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use candle_core::{DType, Device, Tensor, backprop::GradStore};
+
+use segdistill_data::{Batch, Dataset, Loader, LoaderConfig, stats::Stats, transform::TrainTransform};
+use segdistill_eval::Scores;
+use segdistill_models::{Frozen, build};
+use segdistill_ops::{Mode, NamedParam, ParamStore};
+
+use crate::checkpoint::{self, State};
+use crate::config::{ClassWeighting, Stage};
+use crate::error::{Result, TrainError};
+use crate::evaluate::evaluate;
+use crate::metrics_log::MetricsLog;
+use crate::objective::{Objective, TermValue};
+use crate::optim::{Sgd, global_norm};
+use crate::schedule::PolySchedule;
+use crate::step::StepInputs;
+
+/// What a stage learns from.
+pub struct StageData<'a> {
+    /// Training split.
+    pub train: Arc<dyn Dataset>,
+    /// Split that picks the best weights.
+    pub val: &'a dyn Dataset,
+    /// Frozen teacher and the digest of its weights, when the objective compares with one.
+    pub teacher: Option<(&'a Frozen, &'a str)>,
+    /// Where everything runs.
+    pub device: &'a Device,
+    /// Raised from outside: finish the step, write a checkpoint, stop.
+    pub stop: &'a AtomicBool,
+}
+
+/// One value of one term.
+#[derive(Clone, Debug)]
+pub struct StepTerm {
+    /// Name of the term.
+    pub name: &'static str,
+    /// Weight at this step.
+    pub weight: f64,
+    /// Unweighted value; `None` when the weight is 0.
+    pub value: Option<f64>,
+}
+
+/// One optimizer step.
+#[derive(Clone, Debug)]
+pub struct StepRecord {
+    /// Steps done, from 1.
+    pub step: u64,
+    /// Weighted sum of the terms.
+    pub loss: f64,
+    /// Every term.
+    pub terms: Vec<StepTerm>,
+    /// Learning rate of the step.
+    pub lr: f64,
+    /// Global gradient norm before clipping.
+    pub grad_norm: f64,
+    /// Images a second over this step.
+    pub images_per_second: f64,
+}
+
+/// One evaluation on val.
+#[derive(Clone, Debug)]
+pub struct ValRecord {
+    /// Steps done.
+    pub step: u64,
+    /// Scores on val.
+    pub scores: Scores,
+    /// Whether these are the best weights so far.
+    pub is_best: bool,
+}
+
+/// Told what happens in a stage; every method may do nothing.
+pub trait Observer {
+    /// Training starts, at `done` of `stage.steps`.
+    fn on_start(&mut self, _stage: &Stage, _done: u64) {}
+    /// A step is done.
+    fn on_step(&mut self, _record: &StepRecord) {}
+    /// An evaluation on val is done.
+    fn on_val(&mut self, _record: &ValRecord) {}
+}
+
+/// What a finished stage leaves.
+#[derive(Debug)]
+pub struct StageOutcome {
+    /// Best weights by val, with running statistics.
+    pub weights: BTreeMap<String, Tensor>,
+    /// Step and val mIoU of these weights.
+    pub best: (u64, f64),
+    /// Seconds spent in this process.
+    pub seconds: f64,
+}
+
+/// Trains `stage` in `dir`, from its last checkpoint if `resume` and there is one.
+///
+/// # Errors
+/// Every variant of [`TrainError`]; after any of them the checkpoints on disk are whole.
+pub fn run_stage(
+    stage: &Stage,
+    dir: &Path,
+    data: &StageData<'_>,
+    resume: bool,
+    observer: &mut dyn Observer,
+) -> Result<StageOutcome> {
+    stage.validate()?;
+    fs_err::create_dir_all(dir)?;
+    let started = Instant::now();
+    let store = ParamStore::trainable(stage.seed, DType::F32, data.device);
+    let student = build(&stage.model, &store)?;
+    let mut sgd = Sgd::new(&store, stage.optim.clone())?;
+    let mut state = State {
+        step: 0,
+        validated: 0,
+        best: None,
+        stage: stage.clone(),
+        teacher: data.teacher.map(|(_, digest)| digest.to_string()),
+        data: identity(data.train.as_ref()),
+        sha256: BTreeMap::new(),
+    };
+    if let Some(place) = checkpoint::find(dir, "last").filter(|_| resume) {
+        let saved = checkpoint::load(&place, data.device)?;
+        same_run(&place, &saved.state, &state)?;
+        store.load(&saved.model)?;
+        sgd.load_state(saved.optimizer)?;
+        state = saved.state;
+    }
+    let teacher = if stage.needs_teacher() { data.teacher.map(|(teacher, _)| teacher) } else { None };
+    let objective =
+        Objective::new(&stage.terms, stage.steps, class_weights(stage.class_weighting, data.train.as_ref())?);
+    let schedule = PolySchedule::new(&stage.optim, stage.steps);
+    let loader = Loader::new(Arc::clone(&data.train), Some(transform(stage)), loader_config(stage))?;
+    let mut log = MetricsLog::open(dir, &objective.names(), state.step)?;
+    observer.on_start(stage, state.step);
+
+    let mut batches = loader.iter_from(state.step);
+    loop {
+        let due = state.step > 0 && (state.step.is_multiple_of(stage.eval_every) || state.step == stage.steps);
+        if due && state.validated < state.step {
+            let scores = validate(stage, &store, data)?;
+            let is_best = state.best.is_none_or(|(_, best)| scores.miou > best);
+            state.validated = state.step;
+            if is_best {
+                state.best = Some((state.step, scores.miou));
+            }
+            let record = ValRecord { step: state.step, scores, is_best };
+            log.val(&record)?;
+            log.sync()?;
+            checkpoint::save(dir, state.clone(), &store.tensors(), sgd.state(), is_best)?;
+            observer.on_val(&record);
+        }
+        if state.step == stage.steps {
+            break;
+        }
+
+        let clock = Instant::now();
+        let t = state.step;
+        let batch = batches.next().ok_or_else(|| TrainError::config("loader ended", "report this as a defect"))??;
+        let inputs = StepInputs::forward(student.as_ref(), teacher, &batch, Mode::Train { seed: stage.seed, step: t })?;
+        let terms = objective.terms(&inputs, t)?;
+        let (loss, values) = finite_losses(&terms, t, &batch)?;
+        let grads = gradients(&loss.backward()?, sgd.params())?;
+        let norm = global_norm(&grads)?;
+        if !norm.is_finite() {
+            return Err(blame_gradient(&grads, sgd.params(), &terms, t, &batch));
+        }
+        let clip = stage.optim.clip_norm;
+        let scale = if clip > 0.0 && norm > clip { clip / norm } else { 1.0 };
+        let lr = schedule.at(t);
+        sgd.step(&grads, lr, scale)?;
+        state.step += 1;
+
+        let record = StepRecord {
+            step: state.step,
+            loss: values.iter().map(|v| v.weight * v.value.unwrap_or(0.0)).sum(),
+            terms: values,
+            lr,
+            grad_norm: norm,
+            images_per_second: stage.batch_size as f64 / clock.elapsed().as_secs_f64(),
+        };
+        log.step(&record)?;
+        observer.on_step(&record);
+        if data.stop.load(Ordering::SeqCst) {
+            log.sync()?;
+            let place = checkpoint::save(dir, state.clone(), &store.tensors(), sgd.state(), false)?;
+            return Err(TrainError::Interrupted { step: state.step, checkpoint: place });
+        }
+    }
+    finish(dir, &state, data.device, started)
+}
+
+/// Best weights of a finished stage.
+fn finish(dir: &Path, state: &State, device: &Device, started: Instant) -> Result<StageOutcome> {
+    let place = checkpoint::find(dir, "best").ok_or_else(|| TrainError::Checkpoint {
+        path: dir.to_path_buf(),
+        why: "no evaluation on val chose a best checkpoint".into(),
+        hint: "train the stage again without --resume",
+    })?;
+    let weights = checkpoint::load(&place, device)?.model;
+    let best = state.best.unwrap_or((state.step, f64::NAN));
+    Ok(StageOutcome { weights, best, seconds: started.elapsed().as_secs_f64() })
+}
+
+fn identity(dataset: &dyn Dataset) -> String {
+    format!("{}/{} {} images", dataset.id(), dataset.split(), dataset.len())
+}
+
+/// Refuses to resume a checkpoint of another configuration, naming what differs.
+fn same_run(place: &Path, saved: &State, now: &State) -> Result<()> {
+    let json = |s: &State| serde_json::json!({ "stage": s.stage, "teacher": s.teacher, "data": s.data });
+    let mut differences = Vec::new();
+    compare("", &json(saved), &json(now), &mut differences);
+    if differences.is_empty() {
+        return Ok(());
+    }
+    Err(TrainError::Checkpoint {
+        path: place.to_path_buf(),
+        why: format!("belongs to another configuration: {}", differences.join("; ")),
+        hint: "resume with the plan the run was started with, or start in another --out folder",
+    })
+}
+
+fn compare(path: &str, saved: &serde_json::Value, now: &serde_json::Value, out: &mut Vec<String>) {
+    match (saved, now) {
+        (serde_json::Value::Object(a), serde_json::Value::Object(b)) => {
+            let keys: std::collections::BTreeSet<&String> = a.keys().chain(b.keys()).collect();
+            for key in keys {
+                let null = serde_json::Value::Null;
+                let below = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+                compare(&below, a.get(key).unwrap_or(&null), b.get(key).unwrap_or(&null), out);
+            }
+        }
+        _ if saved != now => out.push(format!("{path} was {saved}, is {now}")),
+        _ => {}
+    }
+}
+
+fn transform(stage: &Stage) -> TrainTransform {
+    let i = &stage.input;
+    TrainTransform {
+        base_hw: Some(i.size),
+        scale: i.scale,
+        crop_hw: i.crop,
+        flip: i.flip,
+        brightness: i.jitter,
+        contrast: i.jitter,
+        saturation: i.jitter,
+    }
+}
+
+fn loader_config(stage: &Stage) -> LoaderConfig {
+    LoaderConfig { batch_size: stage.batch_size, workers: stage.input.workers.max(1), prefetch: 2, seed: stage.seed }
+}
+
+/// Class weights of `scheme` from the labels of the training split.
+fn class_weights(scheme: ClassWeighting, train: &dyn Dataset) -> Result<Option<Vec<f64>>> {
+    let weights = |f: fn(f64) -> f64| -> Result<Option<Vec<f64>>> {
+        let stats = Stats::of(train)?;
+        Ok(Some(stats.median_frequency_weights().into_iter().map(f).collect()))
+    };
+    match scheme {
+        ClassWeighting::None => Ok(None),
+        ClassWeighting::MedianFrequency => weights(|w| w),
+        ClassWeighting::SqrtMedianFrequency => weights(f64::sqrt),
+    }
+}
+
+/// Scores of the present weights on val, whole images, running statistics, no graph.
+fn validate(stage: &Stage, store: &ParamStore, data: &StageData<'_>) -> Result<Scores> {
+    let frozen = Frozen::new(&stage.model, store.tensors(), store.dtype(), data.device)?;
+    let logits = |images: &Tensor| Ok(frozen.forward(images)?.logits_nchw);
+    Ok(evaluate(&logits, data.val, stage.input.size, data.device, &mut |_| Ok(()))?.confusion.scores())
+}
+
+/// The weighted sum to differentiate, and every term's value, all finite.
+fn finite_losses(terms: &[TermValue], step: u64, batch: &Batch) -> Result<(Tensor, Vec<StepTerm>)> {
+    let mut total: Option<Tensor> = None;
+    let mut values = Vec::with_capacity(terms.len());
+    for term in terms {
+        let mut value = None;
+        if let Some(loss) = &term.loss {
+            let v = loss.to_dtype(DType::F64)?.to_scalar::<f64>()?;
+            if !v.is_finite() {
+                let samples = batch.names.clone();
+                return Err(TrainError::NonFiniteLoss { term: term.name.into(), value: v, step, samples });
+            }
+            let weighted = (loss * term.weight)?;
+            total = Some(match total {
+                None => weighted,
+                Some(sum) => (sum + weighted)?,
+            });
+            value = Some(v);
+        }
+        values.push(StepTerm { name: term.name, weight: term.weight, value });
+    }
+    let total = total.ok_or_else(|| {
+        TrainError::config(format!("every term has weight 0 at step {step}"), "keep one term's weight above 0")
+    })?;
+    Ok((total, values))
+}
+
+/// Gradients in the optimizer's order; every trainable parameter must have one.
+fn gradients(grads: &GradStore, params: &[NamedParam]) -> Result<Vec<Tensor>> {
+    let found: Vec<Option<Tensor>> = params.iter().map(|p| grads.get(&p.tensor).cloned()).collect();
+    if found.iter().any(Option::is_none) {
+        let unreached = params.iter().zip(&found).filter(|(_, g)| g.is_none()).map(|(p, _)| p.name.clone());
+        return Err(TrainError::NoGradient { parameters: unreached.collect() });
+    }
+    Ok(found.into_iter().flatten().collect())
+}
+
+/// Names the parameter and, by differentiating each term alone, the terms whose gradient is not finite.
+fn blame_gradient(
+    grads: &[Tensor],
+    params: &[NamedParam],
+    terms: &[TermValue],
+    step: u64,
+    batch: &Batch,
+) -> TrainError {
+    let bad = |g: &Tensor| !global_norm(std::slice::from_ref(g)).is_ok_and(f64::is_finite);
+    let parameter = params.iter().zip(grads).find(|(_, g)| bad(g)).map_or("their sum", |(p, _)| p.name.as_str());
+    let alone = |term: &&TermValue| {
+        let Some(grads) = term.loss.as_ref().and_then(|l| (l * term.weight).ok()?.backward().ok()) else {
+            return false;
+        };
+        params.iter().any(|p| grads.get(&p.tensor).is_some_and(bad))
+    };
+    let mut blamed: Vec<String> = terms.iter().filter(alone).map(|t| t.name.to_string()).collect();
+    if blamed.is_empty() {
+        blamed = terms.iter().filter(|t| t.loss.is_some()).map(|t| t.name.to_string()).collect();
+    }
+    TrainError::NonFiniteGradient { parameter: parameter.into(), terms: blamed, step, samples: batch.names.clone() }
+}

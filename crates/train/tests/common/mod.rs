@@ -1,0 +1,77 @@
+//! A stage small enough to train in a second.
+
+#![allow(dead_code)]
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use candle_core::Device;
+use segdistill_data::{Dataset, Split, StreetScenes, StreetScenesConfig};
+use segdistill_models::ModelSpec;
+use segdistill_train::{
+    ClassWeighting, InputConfig, OptimConfig, ScheduleConfig, Stage, StageData, TermConfig, TermKind,
+};
+
+pub const HW: [usize; 2] = [32, 48];
+
+pub fn scenes(split: Split) -> Arc<dyn Dataset> {
+    let cfg = StreetScenesConfig { height: HW[0], width: HW[1], seed: 5, n_train: 6, n_val: 3, n_test: 2 };
+    Arc::new(StreetScenes::new(cfg, split).expect("drawn scenes"))
+}
+
+pub fn stage(terms: &[(TermKind, f64)]) -> Stage {
+    Stage {
+        method: "ce".into(),
+        model: ModelSpec {
+            name: "deeplabv3plus".into(),
+            encoder: "resnet18".into(),
+            n_classes: 11,
+            width: 0.125,
+            output_stride: 16,
+            dropout: 0.1,
+            decoder_channels: 64,
+        },
+        seed: 3,
+        steps: 6,
+        batch_size: 2,
+        optim: OptimConfig {
+            lr: 0.02,
+            momentum: 0.9,
+            nesterov: true,
+            weight_decay: 1e-4,
+            decay_all: false,
+            poly_power: 0.9,
+            warmup_steps: 2,
+            clip_norm: 0.0,
+        },
+        terms: terms
+            .iter()
+            .map(|&(loss, weight)| TermConfig { loss, weight, schedule: ScheduleConfig::Constant })
+            .collect(),
+        input: InputConfig { size: HW, crop: HW, scale: [0.75, 1.5], flip: 0.5, jitter: 0.2, workers: 2 },
+        class_weighting: ClassWeighting::SqrtMedianFrequency,
+        eval_every: 3,
+    }
+}
+
+pub struct World {
+    pub train: Arc<dyn Dataset>,
+    pub val: Arc<dyn Dataset>,
+    pub stop: AtomicBool,
+}
+
+impl World {
+    pub fn new() -> Self {
+        Self { train: scenes(Split::Train), val: scenes(Split::Val), stop: AtomicBool::new(false) }
+    }
+
+    pub fn data(&self) -> StageData<'_> {
+        StageData {
+            train: Arc::clone(&self.train),
+            val: self.val.as_ref(),
+            teacher: None,
+            device: &Device::Cpu,
+            stop: &self.stop,
+        }
+    }
+}

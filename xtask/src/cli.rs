@@ -1,0 +1,283 @@
+//! The command line as clap sees it; what the commands do lives in `commands`.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Knowledge distillation for semantic segmentation.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", version, max_term_width = 110, after_help = EXAMPLES)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  cargo xtask reproduce                                            teacher, student, distilled student on drawn scenes
+  cargo xtask reproduce --recipe camvid-quick --data-root DIR      the same on real CamVid, made for two cores
+  cargo xtask reproduce --set optim.lr=0.02 --seeds 0,1,2          change one key, run three seeds
+  cargo xtask data check --dataset camvid --data-root DIR          is the data set whole?
+  cargo xtask eval --predictions OUT --labels GT --dataset camvid  score label images made by anything
+
+Exit codes: 0 ok, 1 failed, 2 usage or configuration, 3 data check failed, 4 needed file unavailable,
+5 result outside the expected band, 130/143 interrupted after a checkpoint was written.";
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Train teacher, student and distilled student, evaluate them on every split, write the report
+    Reproduce(Reproduce),
+    /// Train one stage of a recipe
+    Train(Train),
+    /// Score a trained stage, or label images made by anything
+    Eval(Eval),
+    /// Write label images and overlays for images or folders of images
+    Predict(Predict),
+    /// Write the report of finished runs
+    Report(Report),
+    /// Check, measure and look at data sets
+    #[command(subcommand)]
+    Data(Data),
+    /// List and describe networks
+    #[command(subcommand)]
+    Models(Models),
+    /// Check the repository's own rules: crate arrows, module docs, machine paths, file sizes
+    Tidy,
+    /// What continuous integration runs: formatting, clippy, tidy, tests, documentation
+    Ci,
+}
+
+/// Which recipe, with what changed.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct RecipeArgs {
+    /// Recipe name (toy, camvid, camvid-quick) or a TOML file
+    #[arg(long, default_value = "toy", value_name = "NAME|FILE")]
+    pub(crate) recipe: String,
+    /// Folder of the data set; default: $SEGDISTILL_DATA_DIR/<data set>
+    #[arg(long, value_name = "DIR")]
+    pub(crate) data_root: Option<PathBuf>,
+    /// Change one key of the recipe, such as optim.lr=0.02 or student.width=0.5; may be repeated
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub(crate) set: Vec<String>,
+    /// Run folder; default: runs/<recipe>
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: Option<PathBuf>,
+    /// Seeds, one student each
+    #[arg(long, value_delimiter = ',', value_name = "N,N")]
+    pub(crate) seeds: Option<Vec<u64>>,
+    /// Objectives of the student, such as ce,csc+ce
+    #[arg(long, value_delimiter = ',', value_name = "M,M")]
+    pub(crate) methods: Option<Vec<String>>,
+    /// Where to run: cpu or cuda:N
+    #[arg(long, default_value = "cpu", value_name = "DEVICE")]
+    pub(crate) device: String,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  cargo xtask reproduce
+  cargo xtask reproduce --dry-run
+  cargo xtask reproduce --recipe camvid-quick --data-root ../shared/camvid
+  cargo xtask reproduce --recipe my.toml --methods ce,csc+ce --seeds 0,1,2 --resume")]
+pub(crate) struct Reproduce {
+    #[command(flatten)]
+    pub(crate) recipe: RecipeArgs,
+    /// Go on at the first unfinished stage, from its last checkpoint
+    #[arg(long)]
+    pub(crate) resume: bool,
+    /// Print the plan with parameters, MACs and estimated time, and stop
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Print the results as JSON on stdout
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  cargo xtask train --recipe toy --stage teacher
+  cargo xtask train --recipe toy --stage csc+ce --seeds 1")]
+pub(crate) struct Train {
+    #[command(flatten)]
+    pub(crate) recipe: RecipeArgs,
+    /// Stage to train: teacher or a method such as ce
+    #[arg(long, value_name = "STAGE")]
+    pub(crate) stage: String,
+    /// Go on from the stage's last checkpoint
+    #[arg(long)]
+    pub(crate) resume: bool,
+    /// Print the outcome as JSON on stdout
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  cargo xtask eval --model runs/toy/csc+ce/seed-0 --split test
+  cargo xtask eval --model runs/camvid-quick/teacher --split val --data-root ../shared/camvid
+  cargo xtask eval --predictions OUT --labels ../shared/camvid/valannot --dataset camvid --out report")]
+pub(crate) struct Eval {
+    /// Stage folder of a run, with final/model.safetensors
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["predictions", "labels", "dataset"], required_unless_present = "predictions")]
+    pub(crate) model: Option<PathBuf>,
+    /// Split to evaluate
+    #[arg(long, default_value = "val", value_name = "SPLIT")]
+    pub(crate) split: String,
+    /// Folder of the data set; default: $SEGDISTILL_DATA_DIR/<data set>
+    #[arg(long, value_name = "DIR")]
+    pub(crate) data_root: Option<PathBuf>,
+    /// Folder of predicted label PNGs, one a label image, same file name
+    #[arg(long, value_name = "DIR", requires_all = ["labels", "dataset"])]
+    pub(crate) predictions: Option<PathBuf>,
+    /// Folder of ground-truth label PNGs
+    #[arg(long, value_name = "DIR")]
+    pub(crate) labels: Option<PathBuf>,
+    /// Data set whose classes the labels hold
+    #[arg(long, value_name = "NAME")]
+    pub(crate) dataset: Option<String>,
+    /// Folder for summary.json, per_class.csv, confusion.csv and a report page
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: Option<PathBuf>,
+    /// Where to run: cpu or cuda:N
+    #[arg(long, default_value = "cpu", value_name = "DEVICE")]
+    pub(crate) device: String,
+    /// Print the scores as JSON on stdout
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  cargo xtask predict --model runs/toy/csc+ce/seed-0 --out predicted street.png
+  cargo xtask predict --model runs/camvid-quick/teacher --out predicted ../shared/camvid/val")]
+pub(crate) struct Predict {
+    /// Stage folder of a run, with final/model.safetensors
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: PathBuf,
+    /// Images, or folders of images (PNG, JPEG)
+    #[arg(required = true, value_name = "IMAGE|DIR")]
+    pub(crate) images: Vec<PathBuf>,
+    /// Folder for NAME.png (label ids) and NAME_overlay.png
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+    /// Also write the logits at image resolution, one tensor an image
+    #[arg(long, value_name = "FILE.safetensors")]
+    pub(crate) save_logits: Option<PathBuf>,
+    /// Where to run: cpu or cuda:N
+    #[arg(long, default_value = "cpu", value_name = "DEVICE")]
+    pub(crate) device: String,
+    /// Print what was written as JSON on stdout
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  cargo xtask report runs/toy
+  cargo xtask report runs/toy runs/toy-wide --out compared")]
+pub(crate) struct Report {
+    /// Run folders; one is written into its own report/ folder
+    #[arg(required = true, value_name = "RUN")]
+    pub(crate) runs: Vec<PathBuf>,
+    /// Folder of the report; needed for more than one run
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: Option<PathBuf>,
+    /// Print the rows as JSON on stdout
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Which data set.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct DatasetArgs {
+    /// Data set: camvid or street-scenes
+    #[arg(long, value_name = "NAME")]
+    pub(crate) dataset: String,
+    /// Folder of the data set; default: $SEGDISTILL_DATA_DIR/<data set>
+    #[arg(long, value_name = "DIR")]
+    pub(crate) data_root: Option<PathBuf>,
+    /// Splits; default: all
+    #[arg(long, value_delimiter = ',', value_name = "SPLIT,SPLIT")]
+    pub(crate) splits: Option<Vec<String>>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Data {
+    /// Counts, pairs, sizes and label values against the manifest; exit code 3 when something differs
+    #[command(after_help = "Example:\n  cargo xtask data check --dataset camvid --data-root ../shared/camvid")]
+    Check {
+        #[command(flatten)]
+        dataset: DatasetArgs,
+        /// Print the findings as JSON on stdout
+        #[arg(long)]
+        json: bool,
+    },
+    /// Class histogram, images a class appears in, class weights, RGB mean and deviation
+    #[command(
+        after_help = "Example:\n  cargo xtask data stats --dataset camvid --data-root ../shared/camvid --splits train"
+    )]
+    Stats {
+        #[command(flatten)]
+        dataset: DatasetArgs,
+        /// Print the figures as JSON on stdout
+        #[arg(long)]
+        json: bool,
+    },
+    /// A sheet of images, labels and overlays as one PNG
+    #[command(after_help = "Example:\n  cargo xtask data preview --dataset street-scenes --out scenes.png")]
+    Preview {
+        #[command(flatten)]
+        dataset: DatasetArgs,
+        /// PNG to write
+        #[arg(long, value_name = "FILE.png")]
+        out: PathBuf,
+        /// Images on the sheet
+        #[arg(long, default_value_t = 8, value_name = "N")]
+        count: usize,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Models {
+    /// Every network with parameters and MACs
+    #[command(after_help = "Example:\n  cargo xtask models list --json")]
+    List {
+        /// Input size the MACs are counted at
+        #[arg(long, default_value = "512x512", value_name = "HxW")]
+        size: String,
+        /// Number of classes
+        #[arg(long, default_value_t = 19, value_name = "N")]
+        classes: usize,
+        /// Print as JSON on stdout
+        #[arg(long)]
+        json: bool,
+    },
+    /// One network: parameters, MACs, output stride, taps with shapes
+    #[command(
+        after_help = "Example:\n  cargo xtask models describe deeplabv3plus-resnet34 --size 360x480 --classes 11"
+    )]
+    Describe {
+        /// Network, as `models list` names it
+        name: String,
+        /// Input size
+        #[arg(long, default_value = "512x512", value_name = "HxW")]
+        size: String,
+        /// Number of classes
+        #[arg(long, default_value_t = 19, value_name = "N")]
+        classes: usize,
+        /// Width multiplier
+        #[arg(long, default_value_t = 1.0, value_name = "F")]
+        width: f64,
+        /// Output stride, 8 or 16
+        #[arg(long, default_value_t = 16, value_name = "N")]
+        output_stride: usize,
+        /// Print as JSON on stdout
+        #[arg(long)]
+        json: bool,
+    },
+}

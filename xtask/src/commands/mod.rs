@@ -1,0 +1,91 @@
+//! One module a command, and what several of them share.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::Result;
+use candle_core::Device;
+
+use segdistill_data::{CamVid, Dataset, Manifest, Split, StreetScenes, StreetScenesConfig};
+
+use crate::exit::{UNAVAILABLE, coded, usage};
+use crate::recipe::DataPlan;
+
+pub(crate) mod ci;
+pub(crate) mod data;
+pub(crate) mod eval;
+pub(crate) mod models;
+pub(crate) mod predict;
+pub(crate) mod report;
+pub(crate) mod reproduce;
+pub(crate) mod tidy;
+pub(crate) mod train;
+
+/// Splits in report order.
+pub(crate) const SPLITS: [Split; 3] = [Split::Train, Split::Val, Split::Test];
+
+/// The folder of data set `id`: as given, or `$SEGDISTILL_DATA_DIR/<id>`; it must be there.
+pub(crate) fn data_root(id: &str, given: Option<PathBuf>) -> Result<PathBuf> {
+    let from_env = || std::env::var_os("SEGDISTILL_DATA_DIR").map(|dir| PathBuf::from(dir).join(id));
+    let root = given.or_else(from_env).ok_or_else(|| {
+        let how = Manifest::named(id).map(|m| m.obtain).unwrap_or_default();
+        let why = anyhow::anyhow!("data set {id} needs its folder\n  hint: --data-root DIR, or SEGDISTILL_DATA_DIR with a folder {id} in it. {how}");
+        coded(UNAVAILABLE, why)
+    })?;
+    if !root.is_dir() {
+        let why = anyhow::anyhow!(
+            "data root `{}` is not a folder\n  hint: --data-root names the folder that holds the data set {id}",
+            root.display()
+        );
+        return Err(coded(UNAVAILABLE, why));
+    }
+    Ok(root)
+}
+
+/// The device called `name`.
+pub(crate) fn device(name: &str) -> Result<Device> {
+    if name == "cpu" {
+        return Ok(Device::Cpu);
+    }
+    let index = name.strip_prefix("cuda:").and_then(|i| i.parse::<usize>().ok());
+    let index = index.ok_or_else(|| usage!("unknown device `{name}`, expected cpu or cuda:N"))?;
+    if !cfg!(feature = "cuda") {
+        return Err(usage!(
+            "device {name}: this program was built without CUDA\n  hint: build with --features cuda, or use --device cpu"
+        ));
+    }
+    Device::new_cuda(index).map_err(|e| usage!("device {name}: {e}"))
+}
+
+/// One split of the plan's data; `None` when the data set lacks it.
+pub(crate) fn open_split(data: &DataPlan, split: Split) -> Result<Option<Arc<dyn Dataset>>> {
+    match data {
+        DataPlan::StreetScenes { height, width, train, val, test, seed } => {
+            let cfg = StreetScenesConfig {
+                height: *height,
+                width: *width,
+                seed: *seed,
+                n_train: *train,
+                n_val: *val,
+                n_test: *test,
+            };
+            Ok(Some(Arc::new(StreetScenes::new(cfg, split).map_err(|e| coded(crate::exit::USAGE, e))?)))
+        }
+        DataPlan::Camvid { root } => {
+            if !CamVid::has_split(root, split) {
+                return Ok(None);
+            }
+            Ok(Some(Arc::new(CamVid::open(root, split).map_err(|e| coded(crate::exit::DATA, e))?)))
+        }
+    }
+}
+
+/// One split that must be there.
+pub(crate) fn need_split(data: &DataPlan, split: Split) -> Result<Arc<dyn Dataset>> {
+    open_split(data, split)?.ok_or_else(|| {
+        let why = anyhow::anyhow!(
+            "split {split} is absent\n  hint: `cargo xtask data check` says what is there and how to obtain the rest"
+        );
+        coded(UNAVAILABLE, why)
+    })
+}

@@ -1,0 +1,175 @@
+//! `reproduce`: teacher, students, evaluation, report.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::Result;
+use candle_core::{DType, Device, Tensor};
+
+use segdistill_eval::stats::MeanSd;
+use segdistill_eval::table::ResultRow;
+use segdistill_models::{build, macs};
+use segdistill_ops::{Mode, ParamStore, rng::Stream};
+use segdistill_train::Stage;
+
+use crate::cli::{RecipeArgs, Reproduce};
+use crate::exit::{OUT_OF_BAND, coded};
+use crate::pipeline::{Interrupt, Pipeline};
+use crate::progress::duration;
+use crate::recipe::{Expect, Plan};
+use crate::report_page;
+use crate::run_folder::RunFolder;
+
+/// Where a command's run lives.
+pub(crate) fn out_dir(args: &RecipeArgs, plan: &Plan) -> PathBuf {
+    args.out.clone().unwrap_or_else(|| Path::new("runs").join(&plan.recipe))
+}
+
+/// Runs the command.
+pub(crate) fn run(args: &Reproduce) -> Result<()> {
+    let plan = Plan::resolve(&args.recipe)?;
+    let device = super::device(&args.recipe.device)?;
+    if args.dry_run {
+        return dry_run(&plan, &device, args.json);
+    }
+    let started = Instant::now();
+    let folder = RunFolder::take(&out_dir(&args.recipe, &plan), &plan, args.resume)?;
+    eprintln!("run folder {}", folder.path().display());
+    let pipeline =
+        Pipeline { plan: &plan, run: folder.path(), device, interrupt: Interrupt::listen()?, resume: args.resume };
+    let teacher = pipeline.teacher()?;
+    for stage in &plan.students {
+        pipeline.student(stage, Some(&teacher))?;
+    }
+    let written = report_page::write(&[folder.path().to_path_buf()], &folder.path().join("report"))?;
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&written.rows)?);
+    } else {
+        println!("{}", written.text);
+    }
+    eprintln!("report: {}  ({})", written.page.display(), duration(started.elapsed().as_secs_f64()));
+    within_band(&plan.expect, &written.rows)
+}
+
+/// What the recipe promises of its results.
+fn within_band(expect: &Expect, rows: &[ResultRow]) -> Result<()> {
+    let val = |role: &str, method: Option<&str>| {
+        let of = |r: &&ResultRow| r.split == "val" && r.role == role && method.is_none_or(|m| r.method == m);
+        MeanSd::of(rows.iter().filter(of).map(|r| r.miou)).mean
+    };
+    let teacher = val("teacher", None);
+    let mut missed = Vec::new();
+    let mut at_least = |what: &str, found: f64, least: f64| {
+        if least > 0.0 && found.is_finite() && found < least {
+            missed.push(format!("{what} is {found:.4}, expected at least {least:.4}"));
+        }
+    };
+    at_least("teacher mIoU on val", teacher, expect.teacher_val_miou);
+    at_least("mean mIoU of the ce student on val", val("student", Some("ce")), expect.student_ce_val_miou);
+    if expect.teacher_above_students {
+        let mut methods: Vec<&str> = rows.iter().filter(|r| r.role == "student").map(|r| r.method.as_str()).collect();
+        methods.dedup();
+        for method in methods {
+            let student = val("student", Some(method));
+            if student >= teacher {
+                missed.push(format!(
+                    "mean mIoU of {method} on val is {student:.4}, not below the teacher's {teacher:.4}"
+                ));
+            }
+        }
+    }
+    if missed.is_empty() {
+        return Ok(());
+    }
+    let why = anyhow::anyhow!(
+        "outside the recipe's band: {}\n  hint: the report is written and stands; [expect] of the recipe holds the band",
+        missed.join("; ")
+    );
+    Err(coded(OUT_OF_BAND, why))
+}
+
+/// Prints what would run: networks, MACs, and the time from one measured step of each network.
+fn dry_run(plan: &Plan, device: &Device, json: bool) -> Result<()> {
+    let mut rows = Vec::new();
+    let mut forward_of_teacher = 0.0;
+    for stage in std::iter::once(&plan.teacher).chain(&plan.students) {
+        let known = rows.iter().find(|(s, _, _): &&(&Stage, Cost, f64)| s.model == stage.model).map(|(_, c, _)| *c);
+        let cost = known.map_or_else(|| measure(stage, device), Ok)?;
+        let is_teacher = stage.method == "teacher";
+        if is_teacher {
+            forward_of_teacher = cost.forward;
+        }
+        let teaching = if stage.needs_teacher() { forward_of_teacher } else { 0.0 };
+        let trained = !is_teacher || plan.teacher_weights.is_none();
+        let seconds =
+            if trained { (cost.step + teaching) * (stage.batch_size as u64 * stage.steps) as f64 } else { 0.0 };
+        rows.push((stage, cost, seconds));
+    }
+    let total: f64 = rows.iter().map(|(_, _, s)| s).sum();
+    if json {
+        let stages: Vec<_> = rows
+            .iter()
+            .map(|(s, c, seconds)| {
+                serde_json::json!({ "stage": s, "params": c.params, "macs": c.macs, "estimated_seconds": seconds })
+            })
+            .collect();
+        let out = serde_json::json!({ "plan": plan, "stages": stages, "estimated_seconds": total });
+        println!("{}", serde_json::to_string_pretty(&out)?);
+        return Ok(());
+    }
+    println!("{}", plan.to_toml()?);
+    println!(
+        "{:<16} {:<10} {:>6} {:>12} {:>16} {:>7} {:>12}",
+        "stage", "encoder", "width", "parameters", "MACs an image", "steps", "time, about"
+    );
+    for (stage, cost, seconds) in &rows {
+        let name = if stage.method == "teacher" {
+            "teacher".to_string()
+        } else {
+            format!("{} seed {}", stage.method, stage.seed)
+        };
+        let mega = format!("{:.1} M", cost.macs as f64 / 1e6);
+        println!(
+            "{name:<16} {:<10} {:>6} {:>12} {mega:>16} {:>7} {:>12}",
+            stage.model.encoder,
+            stage.model.width,
+            cost.params,
+            stage.steps,
+            duration(*seconds)
+        );
+    }
+    println!(
+        "\ntraining takes about {} here, evaluation comes on top (from one measured step of each network)",
+        duration(total)
+    );
+    Ok(())
+}
+
+/// Size of a network, and seconds an image on this machine.
+#[derive(Clone, Copy)]
+struct Cost {
+    params: usize,
+    macs: u64,
+    forward: f64,
+    step: f64,
+}
+
+/// Times a forward and a backward of two crops, after a first that warms up.
+fn measure(stage: &Stage, device: &Device) -> Result<Cost> {
+    const IMAGES: usize = 2;
+    let store = ParamStore::trainable(0, DType::F32, device);
+    let network = build(&stage.model, &store)?;
+    let [h, w] = stage.input.crop;
+    let mut stream = Stream::new(0, "dry-run", &[]);
+    let values: Vec<f32> = (0..IMAGES * 3 * h * w).map(|_| stream.unit() as f32).collect();
+    let images = Tensor::from_vec(values, (IMAGES, 3, h, w), device)?;
+    let (mut forward, mut step) = (0.0, 0.0);
+    for round in 0..2 {
+        let clock = Instant::now();
+        let logits = network.forward(&images, Mode::Train { seed: 0, step: round })?.logits_nchw;
+        forward = clock.elapsed().as_secs_f64() / IMAGES as f64;
+        logits.sqr()?.mean_all()?.backward()?;
+        step = clock.elapsed().as_secs_f64() / IMAGES as f64;
+    }
+    Ok(Cost { params: network.info().n_parameters, macs: macs(&stage.model, stage.input.size)?, forward, step })
+}

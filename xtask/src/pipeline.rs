@@ -1,0 +1,324 @@
+//! Stages of a plan, run in order: train or take weights, keep the best, evaluate on every split there is.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use candle_core::{DType, Device};
+
+use segdistill_data::preview::{write_label_png, write_png};
+use segdistill_data::{Dataset, LabelMap, Split};
+use segdistill_eval::table::{
+    ResultRow, TimingRow, confusion_frame, per_class_frame, per_class_rows, read_csv, timings_frame,
+    timings_from_frame, write_csv,
+};
+use segdistill_eval::{Scores, Summary};
+use segdistill_models::{Frozen, macs};
+use segdistill_train::checkpoint::sha256_hex;
+use segdistill_train::{Stage, StageData, TrainError, evaluate, run_stage};
+
+use crate::commands::{SPLITS, need_split, open_split};
+use crate::exit::coded;
+use crate::progress::{Progress, StageProgress, duration};
+use crate::recipe::Plan;
+use crate::run_folder::{
+    FinalConfig, FinalModel, class_lists, is_finished, read_config, read_final, stage_dir, write_final,
+};
+
+/// Validation images whose predictions are kept for the report's pictures.
+const GALLERY: usize = 4;
+
+/// How label maps are predicted, as summaries and reports say it.
+pub(crate) const MODE: &str = "whole image, single scale, bilinear logits at label resolution";
+
+/// Raised by SIGINT and SIGTERM; the second signal ends the program at once.
+pub(crate) struct Interrupt {
+    flag: Arc<AtomicBool>,
+    signal: Arc<AtomicUsize>,
+}
+
+impl Interrupt {
+    /// Listens from now on.
+    pub(crate) fn listen() -> Result<Self> {
+        let (flag, signal) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+        for number in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+            signal_hook::flag::register_conditional_shutdown(number, 128 + number, Arc::clone(&flag))?;
+            signal_hook::flag::register_usize(number, Arc::clone(&signal), number as usize)?;
+            signal_hook::flag::register(number, Arc::clone(&flag))?;
+        }
+        Ok(Self { flag, signal })
+    }
+
+    fn code(&self) -> u8 {
+        128 + self.signal.load(Ordering::SeqCst) as u8
+    }
+
+    /// An error once a signal came, to leave a loop that holds nothing to save.
+    fn check(&self) -> segdistill_train::Result<()> {
+        if self.flag.load(Ordering::SeqCst) {
+            let what = "interrupted between two stages; every finished stage is saved".to_string();
+            return Err(TrainError::Config { what, hint: "go on with `--resume`" });
+        }
+        Ok(())
+    }
+
+    /// Gives an error the code of the signal, if one came.
+    fn coded(&self, error: TrainError) -> anyhow::Error {
+        if self.flag.load(Ordering::SeqCst) { coded(self.code(), error) } else { error.into() }
+    }
+}
+
+/// A plan at work in its folder.
+pub(crate) struct Pipeline<'a> {
+    /// What runs.
+    pub(crate) plan: &'a Plan,
+    /// Run folder.
+    pub(crate) run: &'a Path,
+    /// Device.
+    pub(crate) device: Device,
+    /// Signals.
+    pub(crate) interrupt: Interrupt,
+    /// Go on from checkpoints.
+    pub(crate) resume: bool,
+}
+
+impl Pipeline<'_> {
+    /// The teacher: its weights as given, or trained; measured before anything is distilled.
+    pub(crate) fn teacher(&self) -> Result<FinalModel> {
+        let stage = &self.plan.teacher;
+        let dir = stage_dir(self.run, stage);
+        if !(self.resume && is_finished(&dir)) {
+            match &self.plan.teacher_weights {
+                Some(path) => self.take_weights(stage, &dir, path)?,
+                None => self.train(stage, &dir, None)?,
+            }
+        }
+        let teacher = read_final(&dir, &self.device)?;
+        self.evaluate(&teacher, &dir)?;
+        let val = Summary::read(&dir.join("eval/val/summary.json"))?;
+        eprintln!("teacher: val mIoU {:.4} before anything is distilled", val.scores.miou);
+        Ok(teacher)
+    }
+
+    /// One student, trained and evaluated.
+    pub(crate) fn student(&self, stage: &Stage, teacher: Option<&FinalModel>) -> Result<FinalModel> {
+        let dir = stage_dir(self.run, stage);
+        if !(self.resume && is_finished(&dir)) {
+            self.train(stage, &dir, teacher)?;
+        }
+        let student = read_final(&dir, &self.device)?;
+        self.evaluate(&student, &dir)?;
+        Ok(student)
+    }
+
+    fn train(&self, stage: &Stage, dir: &Path, teacher: Option<&FinalModel>) -> Result<()> {
+        let train = need_split(&self.plan.data, Split::Train)?;
+        let val = need_split(&self.plan.data, Split::Val)?;
+        let data = StageData {
+            train: Arc::clone(&train),
+            val: val.as_ref(),
+            teacher: teacher.map(|t| (&t.network, t.config.sha256.as_str())),
+            device: &self.device,
+            stop: &self.interrupt.flag,
+        };
+        let mut progress = StageProgress::new(&label(stage));
+        let outcome = run_stage(stage, dir, &data, self.resume, &mut progress).map_err(|e| self.interrupt.coded(e))?;
+        progress.finish();
+        eprintln!(
+            "{}: best val mIoU {:.4} at step {}, {}",
+            label(stage),
+            outcome.best.1,
+            outcome.best.0,
+            duration(outcome.seconds)
+        );
+        let origin = "trained from scratch".to_string();
+        let mut config = self.config(stage, val.as_ref(), outcome.best, origin)?;
+        write_final(dir, &mut config, &outcome.weights)
+    }
+
+    /// A teacher whose weights are a file: all of it fits, or the run stops with every difference.
+    fn take_weights(&self, stage: &Stage, dir: &Path, path: &Path) -> Result<()> {
+        let tensors = segdistill_ops::params::read_safetensors(path, &self.device)?;
+        let network = Frozen::new(&stage.model, tensors.clone(), DType::F32, &self.device).with_context(|| {
+            format!("teacher weights `{}` do not fit {} on {}", path.display(), stage.model.name, stage.model.encoder)
+        })?;
+        let val = need_split(&self.plan.data, Split::Val)?;
+        let scores = self.scores(&network, stage.input.size, val.as_ref(), "teacher on val")?;
+        let origin = format!("`{}`, sha256 {}", path.display(), sha256_hex(&fs_err::read(path)?));
+        let mut config = self.config(stage, val.as_ref(), (0, scores.miou), origin)?;
+        write_final(dir, &mut config, &tensors)
+    }
+
+    fn config(&self, stage: &Stage, val: &dyn Dataset, best: (u64, f64), origin: String) -> Result<FinalConfig> {
+        let (classes, palette) = class_lists(val.classes());
+        let params = segdistill_models::info(&stage.model)?.n_parameters;
+        Ok(FinalConfig {
+            role: if stage.method == "teacher" { "teacher" } else { "student" }.to_string(),
+            method: if stage.method == "teacher" { "ce".to_string() } else { stage.method.clone() },
+            seed: stage.seed,
+            model: stage.model.clone(),
+            dataset: val.id().to_string(),
+            classes,
+            palette,
+            input_size: stage.input.size,
+            params,
+            macs: macs(&stage.model, stage.input.size)?,
+            best_step: best.0,
+            val_miou: best.1,
+            origin,
+            sha256: String::new(),
+        })
+    }
+
+    fn scores(&self, network: &Frozen, input_hw: [usize; 2], dataset: &dyn Dataset, label: &str) -> Result<Scores> {
+        let mut progress = Progress::new(label, dataset.len() as u64, "images");
+        let logits = |images: &candle_core::Tensor| Ok(network.forward(images)?.logits_nchw);
+        let done = evaluate(&logits, dataset, input_hw, &self.device, &mut |image| {
+            progress.set(image.index as u64 + 1, String::new);
+            self.interrupt.check()
+        });
+        progress.finish();
+        Ok(done.map_err(|e| self.interrupt.coded(e))?.confusion.scores())
+    }
+
+    /// Evaluates a finished model on every split that is there and not evaluated yet.
+    fn evaluate(&self, model: &FinalModel, dir: &Path) -> Result<()> {
+        for split in SPLITS {
+            let place = dir.join("eval").join(split.to_string());
+            if self.resume && place.join("summary.json").is_file() {
+                continue;
+            }
+            let Some(dataset) = open_split(&self.plan.data, split)? else { continue };
+            let started = Instant::now();
+            let keep = if split == Split::Val { gallery_indices(dataset.len()) } else { Vec::new() };
+            let label = format!("{} {split}", stage_label(&model.config));
+            evaluate_into(model, dataset.as_ref(), &self.device, &place, &label, &keep, &|| self.interrupt.check())
+                .map_err(|e| match e.downcast::<TrainError>() {
+                    Ok(e) => self.interrupt.coded(e),
+                    Err(e) => e,
+                })?;
+            let row =
+                timing(&model.config, &format!("eval {split}"), started.elapsed().as_secs_f64(), dataset.len() as u64);
+            add_timing(dir, row)?;
+        }
+        Ok(())
+    }
+}
+
+/// Evaluates `model` on `dataset` and writes summary.json, per_class.csv, confusion.csv and the kept label images.
+pub(crate) fn evaluate_into(
+    model: &FinalModel,
+    dataset: &dyn Dataset,
+    device: &Device,
+    place: &Path,
+    label: &str,
+    keep: &[usize],
+    check: &dyn Fn() -> segdistill_train::Result<()>,
+) -> Result<Summary> {
+    fs_err::create_dir_all(place)?;
+    let mut progress = Progress::new(label, dataset.len() as u64, "images");
+    let logits = |images: &candle_core::Tensor| Ok(model.network.forward(images)?.logits_nchw);
+    let mut label_hw = [0, 0];
+    let done = evaluate(&logits, dataset, model.config.input_size, device, &mut |image| {
+        progress.set(image.index as u64 + 1, String::new);
+        let labels = &image.sample.labels;
+        label_hw = [labels.height, labels.width];
+        if keep.contains(&image.index) {
+            let folder = place.join("gallery");
+            fs_err::create_dir_all(&folder)?;
+            let name = file_stem(&image.sample.name);
+            write_png(&folder.join(format!("{name}_input.png")), &image.sample.image)?;
+            write_label_png(&folder.join(format!("{name}_labels.png")), labels)?;
+            let predicted = LabelMap { height: labels.height, width: labels.width, ids: image.predictions.to_vec() };
+            write_label_png(&folder.join(format!("{name}_predicted.png")), &predicted)?;
+        }
+        check()
+    })?;
+    progress.finish();
+    let c = &model.config;
+    let scores = done.confusion.scores();
+    let split = dataset.split().to_string();
+    let row = ResultRow::new(&c.method, &c.role, &c.model.encoder, &split, c.seed, &scores, done.n_images)
+        .with_size(c.params as u64, c.macs);
+    write_csv(&per_class_frame(&per_class_rows(&row, &c.classes, &scores)?)?, &place.join("per_class.csv"))?;
+    write_csv(&confusion_frame(&done.confusion, &c.classes)?, &place.join("confusion.csv"))?;
+    let summary = Summary {
+        stage: stage_label(c),
+        dataset: dataset.id().to_string(),
+        label_hw,
+        mode: format!("{MODE}, images at {}x{}", c.input_size[0], c.input_size[1]),
+        class_names: c.classes.clone(),
+        result: row,
+        scores,
+    };
+    summary.write(&place.join("summary.json"))?;
+    Ok(summary)
+}
+
+/// A sample name as a file name.
+pub(crate) fn file_stem(name: &str) -> String {
+    let stem = name.rsplit('/').next().unwrap_or(name);
+    let stem = stem.strip_suffix(".png").unwrap_or(stem);
+    stem.chars().map(|c| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '_' }).collect()
+}
+
+/// Images of val that the report shows: spread over the split, the same for every model.
+fn gallery_indices(len: usize) -> Vec<usize> {
+    let n = GALLERY.min(len);
+    (0..n).map(|i| (2 * i + 1) * len / (2 * n)).collect()
+}
+
+/// `teacher`, or `ce/seed-0`.
+pub(crate) fn stage_label(c: &FinalConfig) -> String {
+    if c.role == "teacher" { "teacher".to_string() } else { format!("{}/seed-{}", c.method, c.seed) }
+}
+
+fn label(stage: &Stage) -> String {
+    if stage.method == "teacher" { "teacher".to_string() } else { format!("{} seed {}", stage.method, stage.seed) }
+}
+
+fn timing(c: &FinalConfig, stage: &str, seconds: f64, n_steps: u64) -> TimingRow {
+    TimingRow {
+        method: c.method.clone(),
+        role: c.role.clone(),
+        seed: c.seed,
+        stage: stage.to_string(),
+        seconds,
+        n_steps,
+    }
+}
+
+/// Puts one row into the stage's timings.csv, in place of an earlier one of the same name.
+fn add_timing(dir: &Path, row: TimingRow) -> Result<()> {
+    let path = dir.join("timings.csv");
+    let mut rows = if path.is_file() { timings_from_frame(&read_csv(&path)?)? } else { Vec::new() };
+    rows.retain(|r| r.stage != row.stage);
+    rows.push(row);
+    Ok(write_csv(&timings_frame(&rows)?, &path)?)
+}
+
+/// The finished stages of a run folder: teacher first, then students in plan order.
+pub(crate) fn finished_stages(run: &Path, plan: &Plan) -> Result<Vec<(PathBuf, FinalConfig)>> {
+    let mut out = Vec::new();
+    for stage in std::iter::once(&plan.teacher).chain(&plan.students) {
+        let dir = stage_dir(run, stage);
+        if is_finished(&dir) {
+            out.push((dir.clone(), read_config(&dir)?));
+        }
+    }
+    Ok(out)
+}
+
+/// Seconds of training of a stage, from its metrics: batch size over images a second, summed over the steps.
+pub(crate) fn training_time(dir: &Path, stage: &Stage) -> Result<Option<TimingRow>> {
+    if !dir.join("metrics.csv").is_file() {
+        return Ok(None);
+    }
+    let columns = segdistill_train::read_metrics(dir)?;
+    let Some((_, rates)) = columns.iter().find(|(name, _)| name == "images_per_second") else { return Ok(None) };
+    let seconds = rates.iter().map(|r| stage.batch_size as f64 / r).sum();
+    let config = read_config(dir)?;
+    Ok(Some(timing(&config, "train", seconds, rates.len() as u64)))
+}

@@ -1,0 +1,305 @@
+//! The run folder: who may write it, where each stage lives, what a finished stage leaves.
+
+use std::collections::BTreeMap;
+use std::fs::TryLockError;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use candle_core::{Device, Tensor};
+use serde::{Deserialize, Serialize};
+
+use segdistill_data::classes::{Class, ClassTable};
+use segdistill_models::{Frozen, ModelSpec};
+use segdistill_train::Stage;
+use segdistill_train::checkpoint::{sha256_hex, to_safetensors, write_atomic};
+
+use crate::exit::{UNAVAILABLE, coded, usage};
+use crate::recipe::Plan;
+
+/// A run folder held by this process.
+#[derive(Debug)]
+pub(crate) struct RunFolder {
+    path: PathBuf,
+    _lock: std::fs::File,
+}
+
+/// `final/config.json`: what the weights beside it are.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct FinalConfig {
+    /// `teacher` or `student`.
+    pub(crate) role: String,
+    /// Objective.
+    pub(crate) method: String,
+    /// Seed.
+    pub(crate) seed: u64,
+    /// Network.
+    pub(crate) model: ModelSpec,
+    /// Data set the classes come from.
+    pub(crate) dataset: String,
+    /// Class names, in order of their ids.
+    pub(crate) classes: Vec<String>,
+    /// Class colours.
+    pub(crate) palette: Vec<[u8; 3]>,
+    /// Height and width images are resized to before the network.
+    pub(crate) input_size: [usize; 2],
+    /// Trained parameters, buffers left out.
+    pub(crate) params: usize,
+    /// Multiply-accumulates of one image at `input_size`, convolutions only.
+    pub(crate) macs: u64,
+    /// Step of these weights, chosen on val.
+    pub(crate) best_step: u64,
+    /// mIoU on val at that step.
+    pub(crate) val_miou: f64,
+    /// Where the weights come from.
+    pub(crate) origin: String,
+    /// sha256 of model.safetensors.
+    pub(crate) sha256: String,
+}
+
+/// A finished stage read back.
+pub(crate) struct FinalModel {
+    /// What it is.
+    pub(crate) config: FinalConfig,
+    /// The network, frozen.
+    pub(crate) network: Frozen,
+}
+
+impl RunFolder {
+    /// Takes the folder for this process and writes the plan. An earlier run without `resume` is moved aside, never
+    /// overwritten; with `resume` the saved plan must be the same.
+    pub(crate) fn take(path: &Path, plan: &Plan, resume: bool) -> Result<RunFolder> {
+        let toml = plan.to_toml()?;
+        let saved = path.join("plan.toml");
+        let mut lock = Self::lock(path)?;
+        if saved.is_file() {
+            if resume {
+                let differences = differing_keys(&fs_err::read_to_string(&saved)?, &toml);
+                if !differences.is_empty() {
+                    return Err(usage!(
+                        "`{}` was made by another plan: {}\n  hint: resume with the same recipe and settings, or start in another --out folder",
+                        path.display(),
+                        differences.join("; ")
+                    ));
+                }
+            } else {
+                let aside = free_name(path);
+                fs_err::rename(path, &aside)?;
+                eprintln!("kept the earlier run as {}", aside.display());
+                lock = Self::lock(path)?;
+            }
+        }
+        write_atomic(&saved, toml.as_bytes())?;
+        write_atomic(&path.join("environment.json"), serde_json::to_string_pretty(&environment(plan))?.as_bytes())?;
+        Ok(RunFolder { path: path.to_path_buf(), _lock: lock })
+    }
+
+    fn lock(path: &Path) -> Result<std::fs::File> {
+        fs_err::create_dir_all(path)?;
+        let name = path.join(".lock");
+        let file =
+            fs_err::OpenOptions::new().create(true).truncate(false).read(true).write(true).open(&name)?.into_file();
+        match file.try_lock() {
+            Ok(()) => {
+                file.set_len(0)?;
+                (&file).write_all(format!("pid {}\n", std::process::id()).as_bytes())?;
+                Ok(file)
+            }
+            Err(TryLockError::WouldBlock) => {
+                let owner = fs_err::read_to_string(&name).unwrap_or_default();
+                Err(anyhow::anyhow!(
+                    "`{}` is in use by another run ({})\n  hint: wait for it, or choose another --out folder",
+                    path.display(),
+                    owner.trim()
+                ))
+            }
+            Err(TryLockError::Error(e)) => Err(e).with_context(|| format!("cannot lock `{}`", name.display())),
+        }
+    }
+
+    /// The folder.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+/// Folder of a stage below a run.
+pub(crate) fn stage_dir(run: &Path, stage: &Stage) -> PathBuf {
+    if stage.method == "teacher" {
+        run.join("teacher")
+    } else {
+        run.join(&stage.method).join(format!("seed-{}", stage.seed))
+    }
+}
+
+/// The first of `path-1`, `path-2`, ... that is free.
+fn free_name(path: &Path) -> PathBuf {
+    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    (1..)
+        .map(|i| path.with_file_name(format!("{name}-{i}")))
+        .find(|p| !p.exists())
+        .unwrap_or_else(|| path.with_extension("old"))
+}
+
+/// Leaves of two TOML texts that differ, as `key was A, is B`.
+fn differing_keys(saved: &str, now: &str) -> Vec<String> {
+    fn flat(prefix: &str, value: &toml::Value, out: &mut BTreeMap<String, String>) {
+        match value {
+            toml::Value::Table(t) => t.iter().for_each(|(k, v)| flat(&format!("{prefix}.{k}"), v, out)),
+            toml::Value::Array(a) => a.iter().enumerate().for_each(|(i, v)| flat(&format!("{prefix}[{i}]"), v, out)),
+            leaf => {
+                out.insert(prefix.trim_start_matches('.').to_string(), leaf.to_string());
+            }
+        }
+    }
+    let leaves = |text: &str| {
+        let mut out = BTreeMap::new();
+        if let Ok(table) = text.parse::<toml::Table>() {
+            flat("", &toml::Value::Table(table), &mut out);
+        }
+        out
+    };
+    let (a, b) = (leaves(saved), leaves(now));
+    let keys: std::collections::BTreeSet<&String> = a.keys().chain(b.keys()).collect();
+    let none = "absent".to_string();
+    keys.into_iter()
+        .filter(|k| a.get(*k) != b.get(*k))
+        .map(|k| format!("{k} was {}, is {}", a.get(k).unwrap_or(&none), b.get(k).unwrap_or(&none)))
+        .collect()
+}
+
+/// What the run ran on.
+fn environment(plan: &Plan) -> serde_json::Value {
+    let first_line = |command: &str, args: &[&str]| {
+        let out = std::process::Command::new(command).args(args).output().ok().filter(|o| o.status.success())?;
+        Some(String::from_utf8_lossy(&out.stdout).lines().next()?.to_string())
+    };
+    let cpu = fs_err::read_to_string("/proc/cpuinfo").ok().and_then(|t| {
+        t.lines()
+            .find(|l| l.starts_with("model name"))
+            .and_then(|l| l.split_once(':'))
+            .map(|(_, v)| v.trim().to_string())
+    });
+    let started = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    serde_json::json!({
+        "segdistill": env!("CARGO_PKG_VERSION"),
+        "git_commit": first_line("git", &["rev-parse", "HEAD"]),
+        "rustc": first_line("rustc", &["--version"]),
+        "candle": "0.11.1",
+        "os": std::env::consts::OS,
+        "arch": std::env::consts::ARCH,
+        "cpu": cpu,
+        "cores": std::thread::available_parallelism().map_or(1, |n| n.get()),
+        "threads": std::env::var("RAYON_NUM_THREADS").ok(),
+        "device": plan.device,
+        "started_unix": started,
+    })
+}
+
+/// Writes `final/` of a stage: weights, config.json, model card; config.json last, so that it marks a finished stage.
+pub(crate) fn write_final(dir: &Path, config: &mut FinalConfig, weights: &BTreeMap<String, Tensor>) -> Result<()> {
+    let place = dir.join("final");
+    fs_err::create_dir_all(&place)?;
+    let bytes = to_safetensors(weights)?;
+    config.sha256 = sha256_hex(&bytes);
+    write_atomic(&place.join("model.safetensors"), &bytes)?;
+    write_atomic(&place.join("README.md"), model_card(config).as_bytes())?;
+    write_atomic(&place.join("config.json"), &serde_json::to_vec_pretty(&config)?)?;
+    Ok(())
+}
+
+/// Whether the stage in `dir` is finished.
+pub(crate) fn is_finished(dir: &Path) -> bool {
+    dir.join("final/config.json").is_file()
+}
+
+/// `final/config.json` of the stage in `dir`.
+pub(crate) fn read_config(dir: &Path) -> Result<FinalConfig> {
+    let path = dir.join("final/config.json");
+    let bytes = fs_err::read(&path).map_err(|e| {
+        let hint = anyhow::anyhow!(
+            "{e}\n  hint: name the folder of a finished stage, such as runs/toy/teacher or runs/toy/ce/seed-0"
+        );
+        coded(UNAVAILABLE, hint)
+    })?;
+    serde_json::from_slice(&bytes).with_context(|| format!("`{}` is not the configuration of a model", path.display()))
+}
+
+/// The finished stage in `dir`, its weights verified.
+pub(crate) fn read_final(dir: &Path, device: &Device) -> Result<FinalModel> {
+    let config = read_config(dir)?;
+    let path = dir.join("final/model.safetensors");
+    let bytes = fs_err::read(&path).map_err(|e| coded(UNAVAILABLE, e))?;
+    let found = sha256_hex(&bytes);
+    if found != config.sha256 {
+        anyhow::bail!(
+            "`{}` has sha256 {found}, expected {}\n  hint: the file was changed or cut; train the stage again",
+            path.display(),
+            config.sha256
+        );
+    }
+    let tensors = segdistill_ops::params::read_safetensors(&path, device)?;
+    let network = Frozen::new(&config.model, tensors, candle_core::DType::F32, device)
+        .with_context(|| format!("`{}`", path.display()))?;
+    Ok(FinalModel { config, network })
+}
+
+/// Names and colours of a class table.
+pub(crate) fn class_lists(classes: &ClassTable) -> (Vec<String>, Vec<[u8; 3]>) {
+    classes.classes.iter().map(|c| (c.name.clone(), c.color)).unzip()
+}
+
+/// The class table a model predicts.
+pub(crate) fn class_table(config: &FinalConfig) -> ClassTable {
+    let class = |(name, color): (&String, &[u8; 3])| Class { name: name.clone(), color: *color };
+    ClassTable {
+        name: config.dataset.clone(),
+        classes: config.classes.iter().zip(&config.palette).map(class).collect(),
+        void_color: [0, 0, 0],
+    }
+}
+
+fn model_card(c: &FinalConfig) -> String {
+    let m = &c.model;
+    format!(
+        "# {name} on {encoder}, {method}\n\n\
+         A {role} for semantic segmentation, trained by segdistill.\n\n\
+         | | |\n|---|---|\n\
+         | network | {name}, encoder {encoder}, width {width}, output stride {os} |\n\
+         | data | {data}, {n} classes: {classes} |\n\
+         | input | RGB in [0, 1] at {h}x{w}; the network normalises for itself |\n\
+         | objective | {method}, seed {seed} |\n\
+         | weights | {origin}; step {step}, chosen on val |\n\
+         | val mIoU | {miou:.4} (whole images, label resolution, single scale) |\n\
+         | parameters | {params} |\n\
+         | MACs | {macs} an image, convolutions only |\n",
+        name = m.name,
+        encoder = m.encoder,
+        method = c.method,
+        role = c.role,
+        width = m.width,
+        os = m.output_stride,
+        data = c.dataset,
+        n = m.n_classes,
+        classes = c.classes.join(", "),
+        h = c.input_size[0],
+        w = c.input_size[1],
+        seed = c.seed,
+        origin = c.origin,
+        step = c.best_step,
+        miou = c.val_miou,
+        params = c.params,
+        macs = c.macs,
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn differences_name_the_key() {
+        let found = differing_keys("a = 1\n[b]\nc = [1, 2]\n", "a = 1\n[b]\nc = [1, 3]\nd = 4\n");
+        assert_eq!(found, ["b.c[1] was 2, is 3", "b.d was absent, is 4"]);
+    }
+}
