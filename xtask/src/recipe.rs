@@ -54,6 +54,7 @@ struct DataKeys {
     val: usize,
     test: usize,
     seed: u64,
+    variety: f64,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -127,6 +128,8 @@ pub(crate) enum DataPlan {
         test: usize,
         /// Seed of the world.
         seed: u64,
+        /// How little a look tells of a class, 0 to 1.
+        variety: f64,
     },
     /// CamVid below a folder.
     Camvid {
@@ -380,7 +383,7 @@ fn data_plan(recipe: &Recipe, written: &[String], args: &RecipeArgs) -> Result<D
                 ));
             }
             let (height, width) = (d.height, d.width);
-            Ok(DataPlan::StreetScenes { height, width, train: d.train, val: d.val, test: d.test, seed: d.seed })
+            Ok(DataPlan::StreetScenes { height, width, train: d.train, val: d.val, test: d.test, seed: d.seed, variety: d.variety })
         }
         id => {
             let unused = written.iter().find(|k| k.starts_with("data.") && *k != "data.root");

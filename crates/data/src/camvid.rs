@@ -42,12 +42,12 @@ impl CamVid {
         if let Some(problem) = list.problems.into_iter().next() {
             return Err(problem);
         }
-        let list_error = |line, found, expected: &str, hint: &str| DataError::List {
+        let list_error = |line, found, expected: &str, hint: &'static str| DataError::List {
             list: list.path.clone(),
             line,
             found,
             expected: expected.into(),
-            hint: hint.into(),
+            hint,
         };
         if list.pairs.is_empty() {
             return Err(list_error(1, "no pair".into(), "at least one", "the list file is empty; obtain it again"));

@@ -173,6 +173,7 @@ fn check_drawn(manifest: &Manifest, split: Split) -> SplitReport {
         height,
         width,
         seed: 0,
+        variety: 1.0,
         n_train: n(Split::Train),
         n_val: n(Split::Val),
         n_test: n(Split::Test),

@@ -58,8 +58,13 @@ pub fn read_labels(path: &Path) -> Result<LabelMap> {
         return Err(fail(format!("{width}x{height} pixels are above the limit of {MAX_SIDE} a side")));
     }
     let bits = depth as usize;
-    if !matches!((color, depth), (ColorType::Grayscale, BitDepth::Eight)) && !(color == ColorType::Indexed && bits <= 8)
-    {
+    let raw = match color {
+        ColorType::Grayscale => bits == 8,
+        // A palette has at most 256 entries, so its indices have at most 8 bits.
+        ColorType::Indexed => true,
+        _ => false,
+    };
+    if !raw {
         return Err(DataError::LabelFormat {
             path: path.into(),
             found: format!("{color:?} pixels of {bits} bits"),

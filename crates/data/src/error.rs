@@ -76,15 +76,13 @@ pub enum DataError {
         /// What should.
         expected: String,
         /// The way out.
-        hint: String,
+        hint: &'static str,
     },
     /// A split that this copy of the data set does not have.
-    #[error("{dataset} has no split {split} under `{root}`: {why}\n  hint: {hint}")]
+    #[error("{what} is not under `{root}`: {why}\n  hint: {hint}")]
     Absent {
-        /// Data set.
-        dataset: String,
-        /// Split.
-        split: String,
+        /// Data set, or one of its splits.
+        what: String,
         /// Data root.
         root: PathBuf,
         /// What is missing.

@@ -14,7 +14,7 @@
 //! use segdistill_data::transform::TrainTransform;
 //! use segdistill_data::{Dataset, Loader, LoaderConfig, Split, StreetScenes, StreetScenesConfig, VOID};
 //!
-//! let cfg = StreetScenesConfig { height: 48, width: 64, seed: 7, n_train: 6, n_val: 2, n_test: 2 };
+//! let cfg = StreetScenesConfig { height: 48, width: 64, seed: 7, variety: 1.0, n_train: 6, n_val: 2, n_test: 2 };
 //! let scenes = StreetScenes::new(cfg, Split::Train)?;
 //! let sample = scenes.sample(0)?;
 //! assert_eq!(sample.image.rgb.len(), 48 * 64 * 3);

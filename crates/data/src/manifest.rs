@@ -277,8 +277,7 @@ impl Manifest {
             std::iter::once(root.to_path_buf()).chain(self.folders.iter().map(|f| root.join(f))).collect();
         candidates.iter().find(|dir| lists.iter().any(|list| dir.join(list).is_file())).cloned().ok_or_else(|| {
             DataError::Absent {
-                dataset: self.id.clone(),
-                split: "at all".into(),
+                what: self.id.clone(),
                 root: root.into(),
                 why: format!("no {} there or in its folder {}", lists.join(", "), self.folders.join(" or ")),
                 hint: self.obtain.clone(),

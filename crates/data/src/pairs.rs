@@ -43,8 +43,7 @@ pub(crate) fn read_list(manifest: &Manifest, dir: &Path, split: Split) -> Result
     let path = dir.join(&files.list);
     if !path.is_file() {
         return Err(DataError::Absent {
-            dataset: manifest.id.clone(),
-            split: split.to_string(),
+            what: format!("split {split} of {}", manifest.id),
             root: dir.into(),
             why: format!("`{}` is not there", path.display()),
             hint: manifest.obtain.clone(),
@@ -70,22 +69,22 @@ fn read_line(
     dir: &Path,
     files: &SplitFiles,
     seen: &mut BTreeMap<PathBuf, usize>,
-) -> std::result::Result<Pair, (String, String, String)> {
+) -> std::result::Result<Pair, (String, String, &'static str)> {
     let parts: Vec<&str> = line.split_whitespace().collect();
     let [image, label] = parts[..] else {
         let found = format!("{} paths in `{}`", parts.len(), line.trim());
-        return Err((found, "image and label file, separated by a space".into(), "mend the line".into()));
+        return Err((found, "image and label file, separated by a space".into(), "mend the line"));
     };
     let image = map_onto_root(image, dir, &files.images)?;
     let label = map_onto_root(label, dir, &files.labels)?;
     for path in [&image, &label] {
         if let Some(earlier) = seen.insert(path.clone(), number) {
             let found = format!("`{}` again, first on line {earlier}", path.display());
-            return Err((found, "each file once".into(), "remove one of the lines".into()));
+            return Err((found, "each file once".into(), "remove one of the lines"));
         }
         if !path.is_file() {
             let found = format!("`{}`, which is not there", path.display());
-            return Err((found, "a file".into(), "is the copy of the data whole?".into()));
+            return Err((found, "a file".into(), "is the copy of the data whole?"));
         }
     }
     let name = image.file_stem().unwrap_or_default().to_string_lossy().into_owned();
@@ -94,7 +93,11 @@ fn read_line(
 
 /// The file under `dir` that a path of another machine means: its last folders must be `folder`, what stands before
 /// them is dropped. Nothing outside `dir` can be reached.
-fn map_onto_root(foreign: &str, dir: &Path, folder: &str) -> std::result::Result<PathBuf, (String, String, String)> {
+fn map_onto_root(
+    foreign: &str,
+    dir: &Path,
+    folder: &str,
+) -> std::result::Result<PathBuf, (String, String, &'static str)> {
     let foreign_path = Path::new(foreign);
     let name = match foreign_path.components().next_back() {
         Some(Component::Normal(name)) => Some(name),
@@ -105,7 +108,7 @@ fn map_onto_root(foreign: &str, dir: &Path, folder: &str) -> std::result::Result
         _ => Err((
             format!("`{foreign}`"),
             format!("a file in a folder `{folder}`"),
-            "each line names the image first and its label file second".into(),
+            "each line names the image first and its label file second",
         )),
     }
 }

@@ -73,7 +73,7 @@ impl Asked {
             None => {
                 let [height, width] = self.manifest.image_hw;
                 let [train, val, test] = SPLITS.map(|split| self.published(split));
-                DataPlan::StreetScenes { height, width, train, val, test, seed: 0 }
+                DataPlan::StreetScenes { height, width, train, val, test, seed: 0, variety: 1.0 }
             }
         }
     }

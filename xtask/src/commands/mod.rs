@@ -60,11 +60,12 @@ pub(crate) fn device(name: &str) -> Result<Device> {
 /// One split of the plan's data; `None` when the data set lacks it.
 pub(crate) fn open_split(data: &DataPlan, split: Split) -> Result<Option<Arc<dyn Dataset>>> {
     match data {
-        DataPlan::StreetScenes { height, width, train, val, test, seed } => {
+        DataPlan::StreetScenes { height, width, train, val, test, seed, variety } => {
             let cfg = StreetScenesConfig {
                 height: *height,
                 width: *width,
                 seed: *seed,
+                variety: *variety,
                 n_train: *train,
                 n_val: *val,
                 n_test: *test,

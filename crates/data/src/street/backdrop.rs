@@ -3,7 +3,8 @@
 use super::canvas::{Canvas, Color, View, mix, scale, times};
 use super::ids;
 use super::light::Light;
-use super::noise::{cloud, hash_unit, noise};
+use super::noise::{cloud, floor, hash_unit, noise, phase};
+use crate::classes::VOID;
 
 /// Sky from horizon to zenith, with clouds.
 #[derive(Clone, Copy, Debug)]
@@ -75,7 +76,7 @@ impl Street {
     /// Class of a ground point and its colour under white light.
     fn surface(&self, x: f32, z: f32) -> (u8, Color) {
         let fade = 1.0 / (1.0 + z * 0.07);
-        let grain = noise(x * 9.0, z * 5.0, self.salt) * fade * self.roughness;
+        let grain = if z < 40.0 { noise(x * 9.0, z * 5.0, self.salt) * fade * self.roughness } else { 0.0 };
         let in_crossing = self.crossing.is_some_and(|[a, b]| (a..b).contains(&z));
         let side = usize::from(x > (self.kerbs[0] + self.kerbs[1]) * 0.5);
         let outside = if side == 0 { self.kerbs[0] - x } else { x - self.kerbs[1] };
@@ -86,9 +87,9 @@ impl Street {
             if outside < 0.16 {
                 return (ids::PAVEMENT, scale(self.kerbstone, 1.0 + grain));
             }
-            let (i, j) = ((x / self.flag_size).floor(), (z / self.flag_size).floor());
-            let tone = 1.0 + 0.16 * (hash_unit(i as i32, j as i32, self.salt ^ 3) - 0.5) * fade.sqrt();
-            let (a, b) = (x / self.flag_size - i, z / self.flag_size - j);
+            let (i, j) = (floor(x / self.flag_size), floor(z / self.flag_size));
+            let tone = 1.0 + 0.16 * (hash_unit(i, j, self.salt ^ 3) - 0.5) * fade.sqrt();
+            let (a, b) = (x / self.flag_size - i as f32, z / self.flag_size - j as f32);
             let joint = if a.min(b) < 0.06 { 1.0 - 0.35 * fade } else { 1.0 };
             return (ids::PAVEMENT, scale(self.flags, tone * joint * (1.0 + grain)));
         }
@@ -98,7 +99,7 @@ impl Street {
 
     fn road(&self, x: f32, z: f32, outside: f32, in_crossing: bool) -> Color {
         let stains = noise(x * 0.45, z * 0.22, self.salt ^ 11);
-        let patch = hash_unit((x / 2.7).floor() as i32, (z / 7.0).floor() as i32, self.salt ^ 13);
+        let patch = hash_unit(floor(x / 2.7), floor(z / 7.0), self.salt ^ 13);
         let patched = if patch < 0.14 {
             0.84
         } else if patch > 0.9 {
@@ -107,19 +108,20 @@ impl Street {
             1.0
         };
         // Wheels polish two tracks in each lane; dirt gathers along the kerb.
-        let track = 1.0 - 0.07 * (x * std::f32::consts::TAU / 1.7).cos();
+        let track = 0.93 + 0.28 * (phase(x, 1.7) - 0.5).abs();
         let gutter = if outside > -0.35 && !in_crossing { 0.8 } else { 1.0 };
-        let crack = if noise(x * 0.8, z * 0.5, self.salt ^ 17).abs() < 0.015 { 0.75 } else { 1.0 };
+        let crack = if z < 25.0 && noise(x * 0.8, z * 0.5, self.salt ^ 17).abs() < 0.015 { 0.75 } else { 1.0 };
         let bare = scale(self.asphalt, (1.0 + 0.14 * stains) * patched * track * gutter * crack);
         if in_crossing {
             return bare;
         }
-        let worn = noise(x * 3.0, z * 1.1, self.salt ^ 19) * 0.5 + 0.5 < self.wear;
-        if self.zebra.is_some_and(|[a, b]| (a..b).contains(&z)) && (x / 0.55).floor() as i32 % 2 == 0 && !worn {
+        let worn = || noise(x * 3.0, z * 1.1, self.salt ^ 19) * 0.5 + 0.5 < self.wear;
+        if self.zebra.is_some_and(|[a, b]| (a..b).contains(&z)) && floor(x / 0.55) % 2 == 0 && !worn() {
             return mix(bare, [0.85, 0.85, 0.82], 0.8);
         }
         for mark in &self.marks {
-            if (x - mark.x).abs() < mark.width * 0.5 && z.rem_euclid(mark.dash[1]) < mark.dash[0] && !worn {
+            if (x - mark.x).abs() < mark.width * 0.5 && phase(z, mark.dash[1]) * mark.dash[1] <= mark.dash[0] && !worn()
+            {
                 return mix(bare, mark.color, 0.85);
             }
         }
@@ -147,7 +149,7 @@ impl WallHeights {
     }
 }
 
-/// Paints sky, skylines and ground over the whole canvas.
+/// Paints sky, skylines and ground wherever the canvas is blank.
 pub(super) fn paint(
     canvas: &mut Canvas,
     view: &View,
@@ -160,13 +162,17 @@ pub(super) fn paint(
     let camera = view.camera;
     let open = light.on([0.0, 1.0, 0.0], 1.0);
     let shaded = light.on([0.0, 1.0, 0.0], 0.0);
-    for column in 0..canvas.width {
-        let px = column as f32 + 0.5;
-        let (u, _) = camera.ray(px, 0.0);
-        let tops: Vec<f32> = skylines.iter().map(|s| skyline_top(s, u)).collect();
-        for row in 0..canvas.height {
-            let (_, v) = camera.ray(px, row as f32 + 0.5);
+    let tops: Vec<Vec<f32>> = (0..canvas.width)
+        .map(|column| skylines.iter().map(|s| skyline_top(s, camera.ray(column as f32 + 0.5, 0.0).0)).collect())
+        .collect();
+    let lit_far = light.on([0.0, 0.3, -0.95], 1.0);
+    for row in 0..canvas.height {
+        for column in 0..canvas.width {
             let i = row * canvas.width + column;
+            if canvas.ids[i] != VOID {
+                continue;
+            }
+            let (u, v) = camera.ray(column as f32 + 0.5, row as f32 + 0.5);
             if v > 0.004 {
                 let z = camera.eye / v;
                 let x = u * z;
@@ -174,11 +180,10 @@ pub(super) fn paint(
                 let lit = if light.sun_share > 0.05 && walls.shades(light, x, z) { shaded } else { open };
                 canvas.colors[i] = view.through_air(times(color, lit), z);
                 canvas.ids[i] = id;
-            } else if let Some(k) = (0..tops.len()).find(|k| -v < tops[*k]) {
+            } else if let Some(k) = (0..skylines.len()).find(|k| -v < tops[column][*k]) {
                 let line = &skylines[k];
                 let texture = noise(u * 130.0, v * 130.0, line.salt) * if line.id == ids::TREE { 0.3 } else { 0.12 };
-                let lit = light.on([0.0, 0.3, -0.95], 1.0);
-                canvas.colors[i] = view.through_air(times(scale(line.color, 1.0 + texture), lit), line.depth);
+                canvas.colors[i] = view.through_air(times(scale(line.color, 1.0 + texture), lit_far), line.depth);
                 canvas.ids[i] = line.id;
             } else {
                 canvas.colors[i] = sky_color(sky, view, u, -v);
@@ -202,8 +207,7 @@ fn sky_color(sky: &Sky, view: &View, u: f32, up: f32) -> Color {
 
 fn skyline_top(line: &Skyline, u: f32) -> f32 {
     if line.id == ids::BUILDING {
-        let block = (u * 14.0).floor();
-        line.height * (0.5 + hash_unit(block as i32, 0, line.salt))
+        line.height * (0.5 + hash_unit(floor(u * 14.0), 0, line.salt))
     } else {
         line.height * (1.0 + 0.5 * cloud(u * 7.0, 0.5, line.salt) + 0.25 * noise(u * 60.0, 0.5, line.salt))
     }

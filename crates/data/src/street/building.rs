@@ -3,7 +3,7 @@
 use super::canvas::{Canvas, Color, Paint, View, mix, scale, times};
 use super::ids;
 use super::light::Light;
-use super::noise::{hash_unit, noise};
+use super::noise::{floor, hash_unit, noise};
 
 /// A block with a wall along the street and one facing the camera.
 #[derive(Clone, Copy, Debug)]
@@ -34,24 +34,25 @@ impl Building {
     fn facade(&self, s: f32, y: f32) -> Option<Color> {
         if y > self.height {
             let over = y - self.height;
-            let chimney = hash_unit((s / 1.1).floor() as i32, 77, self.salt) < 0.12 && over < self.roof + 0.9;
+            let chimney = hash_unit(floor(s / 1.1), 77, self.salt) < 0.12 && over < self.roof + 0.9;
             if over > self.roof && !chimney {
                 return None;
             }
             let courses = 1.0 + 0.1 * noise(s * 1.5, y * 6.0, self.salt);
             return Some(scale(if over > self.roof { self.wall } else { self.roof_color }, courses));
         }
-        let coarse = noise(s * 0.35, y * 0.35, self.salt);
-        let fine = noise(s * 4.0, y * 9.0, self.salt ^ 1);
-        let dirt = if y < 0.5 { 0.85 } else { 1.0 };
-        let wall = scale(self.wall, (1.0 + self.grain * (0.6 * fine + 0.8 * coarse)) * dirt);
+        // Texture costs the most here, so panes and doors do without.
+        let wall = || {
+            let (coarse, fine) = (noise(s * 0.35, y * 0.35, self.salt), noise(s * 4.0, y * 9.0, self.salt ^ 1));
+            let dirt = if y < 0.5 { 0.85 } else { 1.0 };
+            scale(self.wall, (1.0 + self.grain * (0.6 * fine + 0.8 * coarse)) * dirt)
+        };
         if self.height - y < 0.3 {
-            return Some(mix(wall, self.trim, 0.7));
+            return Some(mix(wall(), self.trim, 0.7));
         }
-        let floor = (y / self.storey).floor();
-        let bay = (s / self.bay).floor();
-        let (fx, fy) = (s / self.bay - bay, y / self.storey - floor);
-        if let (Some(band), 0) = (self.shop, floor as i32) {
+        let (storey, bay) = (floor(y / self.storey), floor(s / self.bay));
+        let (fx, fy) = (s / self.bay - bay as f32, y / self.storey - storey as f32);
+        if let (Some(band), 0) = (self.shop, storey) {
             return Some(match fy {
                 fy if fy > 0.78 => band,
                 fy if fy > 0.12 && (0.06..0.94).contains(&fx) => {
@@ -63,22 +64,22 @@ impl Building {
         }
         let [w, h] = self.window;
         let (ax, ay) = ((fx - 0.5).abs() / (w * 0.5), (fy - 0.52).abs() / (h * 0.5));
-        if floor as i32 == 0 && hash_unit(bay as i32, 5, self.salt) < 0.3 {
+        if storey == 0 && hash_unit(bay, 5, self.salt) < 0.3 {
             // A door instead of a window.
             let door = (fx - 0.5).abs() * self.bay < 0.5 && y < 2.2;
-            return Some(if door { scale(self.trim, 0.55) } else { wall });
+            return Some(if door { scale(self.trim, 0.55) } else { wall() });
         }
         if ax < 1.0 && ay < 1.0 {
             if ax > 0.86 || ay > 0.9 || (fx - 0.5).abs() * self.bay < 0.05 {
                 return Some(self.trim);
             }
-            let pane = hash_unit(bay as i32, floor as i32, self.salt ^ 2);
+            let pane = hash_unit(bay, storey, self.salt ^ 2);
             return Some(scale(self.glass, 0.55 + 0.6 * pane + 0.25 * (fy - 0.5)));
         }
         if ax < 1.15 && ay >= 1.0 && fy < 0.52 && (fy - 0.52).abs() < h * 0.5 + 0.05 {
-            return Some(mix(wall, self.trim, 0.5));
+            return Some(mix(wall(), self.trim, 0.5));
         }
-        Some(wall)
+        Some(wall())
     }
 
     /// Paints the wall along the street, then the nearer one that faces the camera.

@@ -3,12 +3,16 @@
 //! World coordinates in metres: x to the right, y up from the ground, z away from the camera, which stands at
 //! (0, eye, 0). Surfaces are upright: facing the camera (z fixed) or facing the street (x fixed).
 
+use super::ids;
 use super::noise::hash;
 use crate::classes::VOID;
 use crate::sample::{LabelMap, RgbImage};
 
 /// Samples a pixel, along each axis.
 pub(super) const OVERSAMPLE: usize = 2;
+
+/// Classes the ground is painted in.
+const GROUND: [u8; 3] = [ids::ROAD, ids::PAVEMENT, ids::TREE];
 
 pub(super) type Color = [f32; 3];
 
@@ -36,6 +40,8 @@ pub(super) struct Camera {
     pub(super) roll: f32,
     /// Height above the ground, in metres.
     pub(super) eye: f32,
+    /// Least half-width a thin thing is drawn with, in samples.
+    pub(super) thin: f32,
 }
 
 impl Camera {
@@ -59,13 +65,20 @@ impl Camera {
 pub(super) struct View {
     pub(super) camera: Camera,
     pub(super) haze: Color,
-    /// Distance at which haze takes 63 %, in metres.
+    /// Distance over which haze takes about 63 %, in metres.
     pub(super) haze_distance: f32,
 }
 
 impl View {
+    /// Share of haze in what is seen at depth `z`: `1 - exp(-z / haze_distance)` with the exponential's series to the
+    /// third power, which serves as well and costs no library call.
+    pub(super) fn air(&self, z: f32) -> f32 {
+        let t = z / self.haze_distance;
+        1.0 - 1.0 / (1.0 + t * (1.0 + t * (0.5 + t * (1.0 / 6.0))))
+    }
+
     pub(super) fn through_air(&self, color: Color, z: f32) -> Color {
-        mix(color, self.haze, 1.0 - (-z / self.haze_distance).exp())
+        mix(color, self.haze, self.air(z))
     }
 }
 
@@ -96,16 +109,18 @@ pub(super) struct Canvas {
     pub(super) height: usize,
     pub(super) colors: Vec<Color>,
     pub(super) ids: Vec<u8>,
+    /// While set, surfaces are painted where nothing is yet: for what is painted from near to far.
+    pub(super) behind: bool,
 }
 
 impl Canvas {
     pub(super) fn new(height: usize, width: usize) -> Self {
         let n = height * width;
-        Self { width, height, colors: vec![[0.0; 3]; n], ids: vec![VOID; n] }
+        Self { width, height, colors: vec![[0.0; 3]; n], ids: vec![VOID; n], behind: false }
     }
 
-    fn put(&mut self, i: usize, paint: Paint, view: &View, z: f32) {
-        let color = view.through_air(paint.color, z);
+    fn put(&mut self, i: usize, paint: Paint, haze: Color, air: f32) {
+        let color = mix(paint.color, haze, air);
         self.colors[i] = if paint.cover < 1.0 { mix(self.colors[i], color, paint.cover) } else { color };
         self.ids[i] = paint.id;
     }
@@ -121,18 +136,19 @@ impl Canvas {
     ) {
         let camera = view.camera;
         let columns = span(camera.column(x[0], z), camera.column(x[1], z), self.width);
-        let air = 1.0 - (-z / view.haze_distance).exp();
+        let air = view.air(z);
         let metre = z / camera.focal;
         for column in columns {
             let px = column as f32 + 0.5;
             let world_x = (px - camera.cx) * metre;
             let base = camera.row(0.0, z, px);
             for row in span(base - y[1] / metre, base - y[0] / metre, self.height) {
-                let Some(paint) = shade(world_x, (base - row as f32 - 0.5) * metre) else { continue };
                 let i = row * self.width + column;
-                let color = mix(paint.color, view.haze, air);
-                self.colors[i] = if paint.cover < 1.0 { mix(self.colors[i], color, paint.cover) } else { color };
-                self.ids[i] = paint.id;
+                if self.behind && self.ids[i] != VOID {
+                    continue;
+                }
+                let Some(paint) = shade(world_x, (base - row as f32 - 0.5) * metre) else { continue };
+                self.put(i, paint, view.haze, air);
             }
         }
     }
@@ -155,9 +171,14 @@ impl Canvas {
             let depth = camera.focal * x / (px - camera.cx);
             let metre = depth / camera.focal;
             let base = camera.row(0.0, depth, px);
+            let air = view.air(depth);
             for row in span(base - y[1] / metre, base - y[0] / metre, self.height) {
+                let i = row * self.width + column;
+                if self.behind && self.ids[i] != VOID {
+                    continue;
+                }
                 let Some(paint) = shade(depth, (base - row as f32 - 0.5) * metre) else { continue };
-                self.put(row * self.width + column, paint, view, depth);
+                self.put(i, paint, view.haze, air);
             }
         }
     }
@@ -176,11 +197,14 @@ impl Canvas {
         for column in span(low, high, self.width) {
             let px = column as f32 + 0.5;
             for row in span(camera.row(0.0, far, px), camera.row(0.0, near, px), self.height) {
+                let i = row * self.width + column;
+                if !GROUND.contains(&self.ids[i]) {
+                    continue;
+                }
                 let (u, v) = camera.ray(px, row as f32 + 0.5);
                 let z = camera.eye / v.max(1e-4);
                 let point = [u * z, z];
                 if (0..4).all(|i| cross(corners[i], corners[(i + 1) % 4], point) * turn >= 0.0) {
-                    let i = row * self.width + column;
                     self.colors[i] = scale(self.colors[i], by);
                 }
             }
@@ -209,7 +233,20 @@ pub(super) struct Sensor {
 }
 
 /// Which id a pixel takes when its samples disagree and tie: thin and small things first, then near before far.
-const TIE_ORDER: [u8; 12] = [2, 6, 10, 9, 7, 8, VOID, 5, 4, 1, 3, 0];
+const TIE_ORDER: [u8; 12] = [
+    ids::POLE,
+    ids::SIGN,
+    ids::BICYCLIST,
+    ids::PEDESTRIAN,
+    ids::FENCE,
+    ids::CAR,
+    VOID,
+    ids::TREE,
+    ids::PAVEMENT,
+    ids::BUILDING,
+    ids::ROAD,
+    ids::SKY,
+];
 
 fn vote(ids: [u8; 4]) -> u8 {
     if ids == [ids[0]; 4] {

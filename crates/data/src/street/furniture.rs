@@ -3,7 +3,7 @@
 use super::canvas::{Canvas, Color, Paint, View, scale, times};
 use super::ids;
 use super::light::Light;
-use super::noise::{cloud, hash_unit, noise};
+use super::noise::{cloud, floor, hash_unit, noise, phase};
 use crate::classes::VOID;
 
 /// A tree: a trunk under a crown of round clumps.
@@ -91,7 +91,7 @@ impl Pole {
     pub(super) fn paint(&self, canvas: &mut Canvas, view: &View, light: &Light, [x, z]: [f32; 2]) {
         let lit = light.on([0.0, 0.0, -1.0], 1.0);
         // Never thinner than a sample and a bit, so that it shows and is labelled however far it stands.
-        let half = (self.width * 0.5).max(0.75 * z / view.camera.focal);
+        let half = (self.width * 0.5).max(view.camera.thin * z / view.camera.focal);
         canvas.facing(view, [x - half, x + half], [0.0, self.height], z, |px, y| {
             let round = 1.1 - 0.5 * ((px - x) / half + 0.3).powi(2) * 0.6;
             let foot = if y < 0.9 { 0.85 } else { 1.0 };
@@ -149,26 +149,22 @@ impl Sign {
         match self.shape {
             SignShape::Round => {
                 let r = a * a + b * b;
-                (r < 1.0).then(|| if r > 0.6 { self.rim } else { inner })
+                (r < 1.0).then_some(if r > 0.6 { self.rim } else { inner })
             }
             SignShape::Triangle => {
                 let edge = 1.0 - (b + 1.0) * 0.5;
-                (a.abs() < edge).then(|| if a.abs() > edge - 0.3 || b < -0.72 { self.rim } else { inner })
+                (a.abs() < edge).then_some(if a.abs() > edge - 0.3 || b < -0.72 { self.rim } else { inner })
             }
             SignShape::Board => {
-                (a.abs() < 1.0 && b.abs() < 1.0).then(|| if a.abs().max(b.abs()) > 0.85 { self.rim } else { inner })
+                (a.abs() < 1.0 && b.abs() < 1.0).then_some(if a.abs().max(b.abs()) > 0.85 { self.rim } else { inner })
             }
             SignShape::TrafficLight => {
-                let lamp = (b * 1.5 + 1.5).floor();
-                let d = (a * self.size[0]).powi(2) + ((b * 1.5 + 1.0 - lamp) * self.size[1] * 0.66).powi(2);
+                let lamp = floor(b * 1.5 + 1.5);
+                let d = (a * self.size[0]).powi(2) + ((b * 1.5 + 1.0 - lamp as f32) * self.size[1] * 0.66).powi(2);
                 let on = lamp as u32 == self.salt % 3;
                 let colors = [[0.1, 0.9, 0.4], [1.0, 0.65, 0.1], [1.0, 0.15, 0.1]];
                 (a.abs() < 1.0 && b.abs() < 1.0).then(|| {
-                    if d < (self.size[0] * 0.62).powi(2) && on {
-                        colors[lamp.clamp(0.0, 2.0) as usize]
-                    } else {
-                        self.rim
-                    }
+                    if d < (self.size[0] * 0.62).powi(2) && on { colors[lamp.clamp(0, 2) as usize] } else { self.rim }
                 })
             }
         }
@@ -215,26 +211,21 @@ impl Barrier {
         match self.kind {
             BarrierKind::Railing => {
                 // Bars closer than a sample melt into an even veil.
-                let fine = metre * 1.6 > 0.13;
-                let bar = (s / 0.13).rem_euclid(1.0) < 0.32 || (s / 1.9).rem_euclid(1.0) < 0.05;
+                let fine = metre * 1.6 > 0.24;
+                let bar = phase(s, 0.24) < 0.42 || phase(s, 1.9) < 0.05;
                 let rail = (y - h * 0.94).abs() < 0.045 + metre * 0.4 || (y - h * 0.15).abs() < 0.035;
-                let cover = if rail {
-                    1.0
-                } else if fine {
-                    0.5
-                } else if bar {
-                    1.0
-                } else {
-                    0.08
+                let cover = match (rail, fine, bar) {
+                    (true, _, _) | (_, false, true) => 1.0,
+                    (_, true, _) => 0.6,
+                    _ => 0.15,
                 };
                 Some(Paint { color: self.color, id: ids::FENCE, cover })
             }
             BarrierKind::Planks => {
-                let plank = (s / 0.16).floor();
-                let top = h * (1.0 - 0.04 * hash_unit(plank as i32, 1, self.salt));
-                let gap = (s / 0.16 - plank) < 0.14;
-                let grain =
-                    0.85 + 0.3 * hash_unit(plank as i32, 2, self.salt) + 0.15 * noise(s * 9.0, y * 1.5, self.salt);
+                let plank = floor(s / 0.16);
+                let top = h * (1.0 - 0.04 * hash_unit(plank, 1, self.salt));
+                let gap = (s / 0.16 - plank as f32) < 0.14;
+                let grain = 0.85 + 0.3 * hash_unit(plank, 2, self.salt) + 0.15 * noise(s * 9.0, y * 1.5, self.salt);
                 (y < top)
                     .then(|| scale(self.color, if gap { 0.45 } else { grain }))
                     .and_then(|c| Paint::solid(c, ids::FENCE))
@@ -245,9 +236,9 @@ impl Barrier {
                 (y < top).then(|| scale(self.color, leaves.max(0.2))).and_then(|c| Paint::solid(c, ids::TREE))
             }
             BarrierKind::Wall => {
-                let course = (y / 0.11).floor();
-                let brick = hash_unit(((s + course * 0.12) / 0.24).floor() as i32, course as i32, self.salt);
-                let joint = (y / 0.11 - course) < 0.15;
+                let course = floor(y / 0.11);
+                let brick = hash_unit(floor((s + course as f32 * 0.12) / 0.24), course, self.salt);
+                let joint = (y / 0.11 - course as f32) < 0.15;
                 let cope = y > h - 0.1;
                 let tone = if cope {
                     1.15

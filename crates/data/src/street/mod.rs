@@ -1,12 +1,13 @@
 //! Street scenes drawn from a seed, in CamVid's classes, with exact labels.
 //!
-//! A scene is laid out in metres (camera, sun, street, walls, what stands and moves), painted from far to near at twice
-//! the resolution, and developed: colours are averaged, a pixel's label is the vote of its four samples, ties going to
+//! A scene is laid out in metres (camera, sun, street, walls, what stands and moves), painted at twice the
+//! resolution, and developed: colours are averaged, a pixel's label is the vote of its four samples, ties going to
 //! thin and near things. Colours are shared between classes on purpose, so that a pixel's colour tells little.
 
 mod backdrop;
 mod building;
 mod canvas;
+mod cast;
 mod furniture;
 mod ids;
 mod light;
@@ -25,7 +26,7 @@ use crate::manifest::Manifest;
 use crate::sample::{Dataset, Sample, Split};
 
 /// Which scenes are drawn.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct StreetScenesConfig {
     /// Rows, at least 32.
     pub height: usize,
@@ -33,6 +34,10 @@ pub struct StreetScenesConfig {
     pub width: usize,
     /// Seed; another seed gives other scenes.
     pub seed: u64,
+    /// How little a look tells of a class, within 0..=1. At 1 colours are shared between classes on purpose, light and
+    /// weather vary fully and far things are thin; towards 0 each class keeps to a tone of its own, the light is even
+    /// and thin things are thicker: the same streets, learned in fewer steps.
+    pub variety: f64,
     /// Scenes in train.
     pub n_train: usize,
     /// Scenes in val.
@@ -52,7 +57,7 @@ const SPLIT_STRIDE: u64 = 1 << 40;
 /// # Example
 /// ```
 /// use segdistill_data::{Dataset, Split, StreetScenes, StreetScenesConfig};
-/// let cfg = StreetScenesConfig { height: 96, width: 128, seed: 1, n_train: 10, n_val: 5, n_test: 5 };
+/// let cfg = StreetScenesConfig { height: 96, width: 128, seed: 1, variety: 1.0, n_train: 10, n_val: 5, n_test: 5 };
 /// let val = StreetScenes::new(cfg, Split::Val)?;
 /// assert_eq!(val.sample(3)?, val.sample(3)?);
 /// # Ok::<(), segdistill_data::DataError>(())
@@ -68,12 +73,15 @@ impl StreetScenes {
     /// The scenes of a split.
     ///
     /// # Errors
-    /// `Config` for a side below 32 or above 8192, or a split of no scenes.
+    /// `Config` for a side below 32 or above 8192, a variety outside 0..=1, or a split of no scenes.
     pub fn new(cfg: StreetScenesConfig, split: Split) -> Result<Self> {
         let sides = 32..=8192;
         if !sides.contains(&cfg.height) || !sides.contains(&cfg.width) {
             let what = format!("street scenes of {}x{} (height x width)", cfg.height, cfg.width);
             return Err(DataError::config(what, "each side is within 32..=8192"));
+        }
+        if !(0.0..=1.0).contains(&cfg.variety) {
+            return Err(DataError::config(format!("variety = {}", cfg.variety), "within 0..=1; 1 is the full variety"));
         }
         let scenes = Self { cfg, split, manifest: Manifest::named("street-scenes")? };
         if scenes.is_empty() {
@@ -106,7 +114,7 @@ impl Dataset for StreetScenes {
             return Err(DataError::Index { id, split, index, len: self.len() });
         }
         let number = self.first() + index as u64;
-        let mut dice = noise::Dice(Stream::new(self.cfg.seed, "street scene", &[number]));
+        let mut dice = noise::Dice::new(Stream::new(self.cfg.seed, "street scene", &[number]), self.cfg.variety);
         let (image, labels) = scene::Scene::draw(&mut dice, self.cfg.height, self.cfg.width).paint();
         Ok(Sample { image, labels, name: self.sample_name(index) })
     }

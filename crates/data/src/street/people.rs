@@ -44,10 +44,10 @@ impl Pedestrian {
         if limb(p, [0.0, 0.925], [0.0, 0.95], 0.062) {
             return Some(if y > 0.955 || x.abs() > 0.045 { c.hair } else { c.skin });
         }
-        if let Some((side, color)) = self.bag {
-            if limb(p, [side * (b + 0.05), 0.42], [side * (b + 0.05), 0.52], 0.07) {
-                return Some(color);
-            }
+        if let Some((side, color)) = self.bag
+            && limb(p, [side * (b + 0.05), 0.42], [side * (b + 0.05), 0.52], 0.07)
+        {
+            return Some(color);
         }
         let fold = 1.0 + 0.2 * noise(x * 22.0, y * 14.0, self.salt);
         let hem = if self.long_coat { 0.3 } else { 0.5 };

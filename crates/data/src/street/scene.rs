@@ -1,18 +1,20 @@
-//! Draws who and what is in a street, and paints a scene from far to near.
+//! A whole scene: laid out from one stream of draws, and painted: buildings from near to far, the rest behind them, then everything else from far to near.
 
 use super::backdrop::{self, Sky};
-use super::canvas::{Canvas, Color, OVERSAMPLE, Sensor, View, mix, scale};
-use super::furniture::{Barrier, BarrierKind, Bin, Pole, PoleHead, Sign, SignShape, Tree};
+use super::canvas::{Canvas, Color, OVERSAMPLE, Sensor, View, mix};
+use super::cast;
+use super::furniture::{Barrier, Bin, Pole, Sign, Tree};
 use super::light::Light;
 use super::noise::Dice;
-use super::people::{Clothes, Cyclist, Pedestrian};
-use super::town::{Side, Town};
-use super::vehicle::{Heading, Vehicle};
-use super::weather::{self, Tones, leaf_color};
+use super::people::{Cyclist, Pedestrian};
+use super::town::Town;
+use super::vehicle::Vehicle;
+use super::weather::{self, Tones};
 use crate::classes::VOID;
 use crate::sample::{LabelMap, RgbImage};
 
-enum Thing {
+/// Whatever stands or moves in a street.
+pub(super) enum Thing {
     Vehicle(Vehicle),
     Pedestrian(Pedestrian),
     Cyclist(Cyclist),
@@ -24,9 +26,9 @@ enum Thing {
 }
 
 /// A thing at lateral place and depth.
-struct Placed {
-    at: [f32; 2],
-    thing: Thing,
+pub(super) struct Placed {
+    pub(super) at: [f32; 2],
+    pub(super) thing: Thing,
 }
 
 /// The bonnet of the car the camera rides in: void.
@@ -50,9 +52,6 @@ pub(super) struct Scene {
     bonnet: Option<Bonnet>,
 }
 
-/// Farthest depth anything movable stands at, in metres.
-const FAR: f32 = 45.0;
-
 impl Scene {
     /// Draws a scene for a picture of the given size; every choice comes from `dice`.
     pub(super) fn draw(dice: &mut Dice, height: usize, width: usize) -> Self {
@@ -61,15 +60,7 @@ impl Scene {
         let tones = Tones::draw(dice, mix(sky.zenith, view.haze, 0.6));
         let town = Town::draw(dice, &tones);
         let edges = [0.0, width as f32].map(|px| (px - view.camera.cx) / view.camera.focal);
-        let mut placer = Placer { dice, tones, town: &town, edges, things: Vec::new() };
-        placer.vehicles();
-        for side in [0, 1] {
-            placer.barriers(side);
-            placer.trees(side);
-        }
-        placer.furniture();
-        placer.people();
-        let mut things = placer.things;
+        let mut things = cast::draw(dice, tones, &town, edges);
         things.sort_by(|a, b| b.at[1].total_cmp(&a.at[1]));
         let bonnet = dice.chance(0.45).then(|| {
             let tone = dice.uniform(0.08, 0.6);
@@ -86,6 +77,11 @@ impl Scene {
     pub(super) fn paint(&self) -> (RgbImage, LabelMap) {
         let (view, light) = (&self.view, &self.light);
         let mut canvas = Canvas::new(self.height, self.width);
+        canvas.behind = true;
+        for building in &self.town.buildings {
+            building.paint(&mut canvas, view, light);
+        }
+        canvas.behind = false;
         backdrop::paint(&mut canvas, view, light, &self.sky, &self.town.skylines, &self.town.street, &self.town.walls);
         for Placed { at, thing } in &self.things {
             match thing {
@@ -98,9 +94,6 @@ impl Scene {
                 Thing::Barrier(t) => t.shadow(&mut canvas, view, light, *at),
                 Thing::Bin(t) => t.shadow(&mut canvas, view, light, *at),
             }
-        }
-        for building in &self.town.buildings {
-            building.paint(&mut canvas, view, light);
         }
         for Placed { at, thing } in &self.things {
             match thing {
@@ -132,373 +125,5 @@ impl Scene {
                 canvas.ids[i] = VOID;
             }
         }
-    }
-}
-
-struct Placer<'a> {
-    dice: &'a mut Dice,
-    tones: Tones,
-    town: &'a Town,
-    /// Tangents of the picture's left and right border.
-    edges: [f32; 2],
-    things: Vec<Placed>,
-}
-
-impl Placer<'_> {
-    fn put(&mut self, x: f32, z: f32, thing: Thing) {
-        let x = x + self.town.street.bend * z * z;
-        self.things.push(Placed { at: [x, z], thing });
-    }
-
-    /// Sign of a side: -1 left, 1 right.
-    fn sign(side: usize) -> f32 {
-        if side == 0 { -1.0 } else { 1.0 }
-    }
-
-    /// Least depth at which the lateral place `x` is inside the picture.
-    fn nearest(&self, x: f32) -> f32 {
-        let edge = self.edges[usize::from(x > 0.0)];
-        (x / edge).abs() * 1.08
-    }
-
-    /// A depth for something at `x`: from where it comes into view, the nearer the likelier.
-    fn depth(&mut self, x: f32, least: f32, spread: f32) -> f32 {
-        let near = self.nearest(x).max(least);
-        (near * self.dice.uniform(0.0, spread.ln()).exp()).min(FAR)
-    }
-
-    /// A place on the pavement of `side`: `t` 0 at the kerb, 1 at the far edge.
-    fn on_pavement(&mut self, side: usize, t: [f32; 2]) -> f32 {
-        let street = &self.town.street;
-        let share = self.dice.uniform(t[0], t[1]);
-        street.kerbs[side] + Self::sign(side) * street.pavements[side] * share
-    }
-
-    fn in_crossing(&self, z: f32) -> bool {
-        self.town.street.crossing.is_some_and(|[a, b]| z > a - 0.5 && z < b + 0.5)
-    }
-
-    fn vehicles(&mut self) {
-        let kerbs = self.town.street.kerbs;
-        let middle = (kerbs[0] + kerbs[1]) * 0.5;
-        for side in [0, 1] {
-            let sign = Self::sign(side);
-            if !self.dice.chance(0.6) {
-                continue;
-            }
-            // A row parked along the kerb.
-            let mut z = self.nearest(kerbs[side]).max(5.0) + self.dice.uniform(-2.0, 10.0);
-            for _ in 0..self.dice.count(1, 4) {
-                let heading = if self.dice.chance(0.75) == (side == 1) { Heading::Away } else { Heading::Toward };
-                let vehicle = self.vehicle(heading);
-                let x = kerbs[side] - sign * (vehicle.width * 0.5 + self.dice.uniform(0.05, 0.35));
-                let length = vehicle.length;
-                if !self.in_crossing(z) && !self.in_crossing(z + length) && z < FAR {
-                    self.put(x, z, Thing::Vehicle(vehicle));
-                }
-                z += length + self.dice.uniform(0.8, 7.0);
-            }
-        }
-        if self.dice.chance(0.5) {
-            let vehicle = self.vehicle(Heading::Away);
-            let x = (middle.max(-1.0) + kerbs[1]) * 0.5 + self.dice.uniform(-0.4, 0.4);
-            let z = self.dice.uniform(9.0, 35.0);
-            self.put(x, z, Thing::Vehicle(vehicle));
-        }
-        if self.dice.chance(0.5) {
-            let vehicle = self.vehicle(Heading::Toward);
-            let x = (middle + kerbs[0]) * 0.5 + self.dice.uniform(-0.4, 0.4);
-            let z = self.depth(x, 8.0, 4.0);
-            self.put(x, z, Thing::Vehicle(vehicle));
-        }
-        if let Some([a, b]) = self.town.street.crossing {
-            if self.dice.chance(0.6) {
-                let vehicle = self.vehicle(Heading::Across);
-                let z = self.dice.uniform(a + 0.8, b - 2.0);
-                let reach = self.edges.map(|e| e * z);
-                let x = self.dice.uniform(reach[0], reach[1]);
-                self.put(x, z, Thing::Vehicle(vehicle));
-            }
-        }
-    }
-
-    fn vehicle(&mut self, heading: Heading) -> Vehicle {
-        let color = if self.dice.chance(0.35) {
-            self.tones.any(self.dice)
-        } else {
-            let base = self.dice.pick(&[
-                [0.06, 0.06, 0.07],
-                [0.35, 0.36, 0.38],
-                [0.62, 0.63, 0.65],
-                [0.85, 0.85, 0.86],
-                [0.5, 0.08, 0.07],
-                [0.1, 0.16, 0.36],
-                [0.1, 0.25, 0.18],
-                [0.45, 0.42, 0.34],
-            ]);
-            self.dice.near(base, 0.05, 0.03)
-        };
-        let glass = mix([0.12, 0.14, 0.16], self.tones.sky, self.dice.uniform(0.05, 0.6));
-        // Hatchback, saloon, van, bus.
-        let kind = self.dice.pick(&[0, 0, 0, 1, 1, 1, 2, 3]);
-        let (width, height, length, belt, ends) = match kind {
-            0 => (1.7, 1.48, 3.9, 0.58, [0.25, 0.0]),
-            1 => (1.78, 1.44, 4.5, 0.6, [0.26, 0.14]),
-            2 => (1.95, self.dice.uniform(1.9, 2.5), 5.0, 0.52, [0.1, 0.0]),
-            _ => (2.5, 3.1, 10.0, 0.42, [0.0, 0.0]),
-        };
-        Vehicle {
-            heading,
-            width,
-            height: height * self.dice.uniform(0.95, 1.06),
-            length,
-            belt,
-            ends,
-            color,
-            glass,
-            lamps_on: self.dice.chance(0.35),
-            salt: self.dice.salt(),
-        }
-    }
-
-    fn barriers(&mut self, side: usize) {
-        let sign = Self::sign(side);
-        let street = &self.town.street;
-        let edge = street.kerbs[side] + sign * (street.pavements[side] + 0.05);
-        let kerb = street.kerbs[side] + sign * 0.25;
-        let set_back = self.town.sides[side] != Side::Terrace;
-        if set_back && self.dice.chance(0.9) {
-            let kind = self.dice.pick(&[
-                BarrierKind::Railing,
-                BarrierKind::Railing,
-                BarrierKind::Planks,
-                BarrierKind::Planks,
-                BarrierKind::Hedge,
-                BarrierKind::Wall,
-            ]);
-            self.barrier_run(kind, edge, 9);
-        }
-        // Guard rails at the kerb, before walls too.
-        if self.dice.chance(if set_back { 0.15 } else { 0.55 }) {
-            self.barrier_run(BarrierKind::Railing, kerb, 5);
-        }
-    }
-
-    /// Panels in a row along the street, from where the line comes into view.
-    fn barrier_run(&mut self, kind: BarrierKind, x: f32, n_most: i64) {
-        const PANEL: f32 = 2.4;
-        let height = match kind {
-            BarrierKind::Railing => self.dice.uniform(0.95, 1.35),
-            BarrierKind::Planks => self.dice.uniform(1.1, 1.9),
-            BarrierKind::Hedge => self.dice.uniform(0.9, 2.0),
-            BarrierKind::Wall => self.dice.uniform(0.6, 1.3),
-        };
-        let color = match kind {
-            BarrierKind::Hedge => self.dice.near(self.tones.leaf, 0.06, 0.02),
-            BarrierKind::Wall if self.dice.chance(0.5) => self.dice.near(self.tones.wall, 0.06, 0.02),
-            _ if self.dice.chance(0.45) => self.tones.any(self.dice),
-            _ => {
-                let base = self.dice.pick(&[
-                    [0.1, 0.12, 0.12],
-                    [0.55, 0.56, 0.57],
-                    [0.4, 0.29, 0.19],
-                    [0.16, 0.27, 0.2],
-                    [0.8, 0.79, 0.75],
-                ]);
-                self.dice.near(base, 0.06, 0.02)
-            }
-        };
-        let salt = self.dice.salt();
-        let mut z = self.nearest(x) * self.dice.uniform(0.55, 1.3);
-        for _ in 0..self.dice.count(3, n_most.max(3)) {
-            let barrier = Barrier { kind, length: PANEL, height, across: false, color, salt };
-            if !self.in_crossing(z) && !self.in_crossing(z + PANEL) && z < FAR {
-                self.put(x, z, Thing::Barrier(barrier));
-            }
-            z += PANEL;
-        }
-    }
-
-    fn trees(&mut self, side: usize) {
-        let sign = Self::sign(side);
-        let n = match self.town.sides[side] {
-            Side::Terrace => self.dice.count(-2, 2),
-            Side::Houses => self.dice.count(0, 3),
-            Side::Park => self.dice.count(3, 7),
-        };
-        for _ in 0..n.max(0) {
-            let x = if self.town.sides[side] == Side::Terrace {
-                self.on_pavement(side, [0.2, 0.45])
-            } else {
-                self.on_pavement(side, [1.3, 1.5]) + sign * self.dice.uniform(0.0, 9.0)
-            };
-            let z = self.depth(x, 7.0, 4.5);
-            let tree = self.tree();
-            if !self.in_crossing(z) {
-                self.put(x, z, Thing::Tree(tree));
-            }
-        }
-    }
-
-    fn tree(&mut self) -> Tree {
-        let size = self.dice.uniform(0.7, 1.5);
-        let trunk_height = size * self.dice.uniform(1.8, 3.0);
-        let spread = size * self.dice.uniform(0.9, 1.7);
-        let clumps = (0..self.dice.count(3, 6))
-            .map(|_| {
-                let (x, y) = (self.dice.uniform(-1.0, 1.0) * spread, self.dice.uniform(0.0, 2.2) * size);
-                [x, trunk_height + y + 0.4, size * self.dice.uniform(0.8, 1.4)]
-            })
-            .collect();
-        let leaf =
-            if self.dice.chance(0.5) { self.dice.near(self.tones.leaf, 0.05, 0.02) } else { leaf_color(self.dice) };
-        Tree {
-            trunk: [size * self.dice.uniform(0.1, 0.2), trunk_height + 0.8 * size],
-            bark: self.dice.near([0.27, 0.22, 0.17], 0.07, 0.02),
-            leaf,
-            clumps,
-            bare: self.dice.chance(0.15),
-            salt: self.dice.salt(),
-        }
-    }
-
-    fn furniture(&mut self) {
-        let lamp_color = self.metal();
-        let lamp_height = self.dice.uniform(4.0, 8.5);
-        for _ in 0..self.dice.count(3, 6) {
-            let side = usize::from(self.dice.chance(0.5));
-            let x = self.on_pavement(side, [0.06, 0.25]);
-            let z = self.depth(x, 6.0, 3.2);
-            let arm = -Self::sign(side) * self.dice.uniform(0.8, 2.0);
-            let pole = match self.dice.count(0, 4) {
-                0..=2 => {
-                    let head = self.dice.pick(&[PoleHead::Arm(arm), PoleHead::Arm(arm), PoleHead::Ball]);
-                    let width = self.dice.uniform(0.13, 0.24);
-                    Pole { height: lamp_height, width, head, color: lamp_color }
-                }
-                3 => {
-                    let (height, width) = (self.dice.uniform(3.0, 9.0), self.dice.uniform(0.16, 0.32));
-                    Pole { height, width, head: PoleHead::None, color: self.metal() }
-                }
-                _ => Pole { height: 1.05, width: 0.17, head: PoleHead::None, color: self.metal() },
-            };
-            self.put(x, z, Thing::Pole(pole));
-        }
-        for _ in 0..self.dice.count(2, 5) {
-            let side = usize::from(self.dice.chance(0.5));
-            let x = self.on_pavement(side, [0.05, 0.4]);
-            let z = self.depth(x, 6.0, 2.4);
-            let sign = self.sign_post();
-            self.put(x, z, Thing::Sign(sign));
-        }
-        for _ in 0..self.dice.count(-1, 2).max(0) {
-            let side = usize::from(self.dice.chance(0.5));
-            let x = self.on_pavement(side, [0.15, 0.95]);
-            let z = self.depth(x, 5.0, 3.0);
-            let size = [self.dice.uniform(0.5, 1.0), self.dice.uniform(0.8, 1.5)];
-            let color = if self.dice.chance(0.5) {
-                self.tones.any(self.dice)
-            } else {
-                self.dice.near([0.3, 0.3, 0.3], 0.25, 0.15)
-            };
-            self.put(x, z, Thing::Bin(Bin { size, color }));
-        }
-    }
-
-    fn metal(&mut self) -> Color {
-        let base = self.dice.pick(&[
-            [0.1, 0.1, 0.1],
-            [0.5, 0.51, 0.52],
-            [0.33, 0.34, 0.34],
-            [0.15, 0.25, 0.2],
-            [0.62, 0.6, 0.55],
-        ]);
-        self.dice.near(base, 0.05, 0.02)
-    }
-
-    fn sign_post(&mut self) -> Sign {
-        let shape = self.dice.pick(&[
-            SignShape::Round,
-            SignShape::Triangle,
-            SignShape::Board,
-            SignShape::Board,
-            SignShape::TrafficLight,
-            SignShape::TrafficLight,
-        ]);
-        let size = match shape {
-            SignShape::Round => [self.dice.uniform(0.65, 0.95); 2],
-            SignShape::Triangle => [self.dice.uniform(0.8, 1.1), self.dice.uniform(0.7, 0.95)],
-            SignShape::Board => [self.dice.uniform(0.6, 1.7), self.dice.uniform(0.5, 1.1)],
-            SignShape::TrafficLight => [self.dice.uniform(0.38, 0.5), self.dice.uniform(1.0, 1.3)],
-        };
-        let red = [0.62, 0.08, 0.08];
-        let (rim, face) = match shape {
-            SignShape::TrafficLight => ([0.05, 0.055, 0.055], [0.05; 3]),
-            _ if self.dice.chance(0.15) => (scale(self.metal(), 0.9), self.tones.any(self.dice)),
-            SignShape::Round | SignShape::Triangle => {
-                (red, self.dice.pick(&[[0.85, 0.85, 0.83], [0.12, 0.25, 0.6], [0.85, 0.7, 0.15]]))
-            }
-            SignShape::Board => {
-                let face = self.dice.pick(&[
-                    [0.1, 0.22, 0.55],
-                    [0.08, 0.33, 0.2],
-                    [0.85, 0.85, 0.83],
-                    [0.8, 0.65, 0.15],
-                    [0.35, 0.2, 0.1],
-                ]);
-                ([0.85, 0.85, 0.83], face)
-            }
-        };
-        let face = self.dice.near(face, 0.06, 0.03);
-        Sign { shape, size, middle: self.dice.uniform(2.0, 3.1), rim, face, post: self.metal(), salt: self.dice.salt() }
-    }
-
-    fn people(&mut self) {
-        for _ in 0..self.dice.count(2, 6) {
-            let side = usize::from(self.dice.chance(0.5));
-            let crosses = self.dice.chance(0.2);
-            let x = if crosses {
-                let kerbs = self.town.street.kerbs;
-                self.dice.uniform(kerbs[0], kerbs[1])
-            } else {
-                self.on_pavement(side, [0.15, 0.95])
-            };
-            let z = self.depth(x, if crosses { 9.0 } else { 6.0 }, 2.6);
-            let pedestrian = Pedestrian {
-                height: self.dice.uniform(1.45, 1.95),
-                clothes: self.clothes(),
-                stride: self.dice.uniform(0.0, 0.12),
-                breadth: self.dice.uniform(0.085, 0.125),
-                long_coat: self.dice.chance(0.35),
-                bag: self.dice.chance(0.3).then(|| (self.dice.sign(), self.dice.near([0.3; 3], 0.25, 0.15))),
-                salt: self.dice.salt(),
-            };
-            self.put(x, z, Thing::Pedestrian(pedestrian));
-        }
-        for _ in 0..self.dice.count(1, 3) {
-            let kerbs = self.town.street.kerbs;
-            let t = self.dice.uniform(0.08, 0.92);
-            let x = kerbs[0] + (kerbs[1] - kerbs[0]) * t;
-            let z = self.depth(x, 6.5, 2.3);
-            let clothes = self.clothes();
-            let frame = if self.dice.chance(0.4) { self.metal() } else { self.dice.near([0.4; 3], 0.2, 0.25) };
-            let cyclist = Cyclist {
-                clothes,
-                frame,
-                side: self.dice.chance(0.4).then(|| self.dice.sign()),
-                size: self.dice.uniform(0.95, 1.12),
-                helmet: self.dice.chance(0.5),
-                salt: self.dice.salt(),
-            };
-            self.put(x, z, Thing::Cyclist(cyclist));
-        }
-    }
-
-    fn clothes(&mut self) -> Clothes {
-        let coat = if self.dice.chance(0.5) { self.tones.any(self.dice) } else { self.dice.near([0.4; 3], 0.3, 0.25) };
-        let legs = self.dice.pick(&[[0.08, 0.08, 0.1], [0.15, 0.18, 0.3], [0.35, 0.31, 0.25], [0.4, 0.4, 0.42]]);
-        let skin = self.dice.pick(&[[0.75, 0.55, 0.45], [0.6, 0.42, 0.32], [0.36, 0.24, 0.18]]);
-        let hair = self.dice.pick(&[[0.1, 0.08, 0.06], [0.35, 0.22, 0.12], [0.6, 0.5, 0.35], [0.55, 0.55, 0.55]]);
-        Clothes { coat, legs: self.dice.near(legs, 0.04, 0.03), skin: self.dice.near(skin, 0.05, 0.02), hair }
     }
 }

@@ -23,7 +23,7 @@ pub(super) struct Town {
     pub(super) street: Street,
     pub(super) sides: [Side; 2],
     pub(super) skylines: Vec<Skyline>,
-    /// From far to near.
+    /// From near to far.
     pub(super) buildings: Vec<Building>,
     pub(super) walls: WallHeights,
 }
@@ -55,7 +55,7 @@ impl Town {
             end.height = end.height.min(12.0);
             buildings.push(end);
         }
-        buildings.sort_by(|a, b| b.z[0].total_cmp(&a.z[0]));
+        buildings.sort_by(|a, b| a.z[0].total_cmp(&b.z[0]));
         let lines = [0, 1].map(|side| wall_line(&street, sides[side], side));
         let heights = [0, 1].map(|side| {
             let sign = if side == 0 { -1.0 } else { 1.0 };
@@ -83,8 +83,8 @@ fn wall_line(street: &Street, kind: Side, side: usize) -> f32 {
 }
 
 fn draw_street(dice: &mut Dice, tones: &Tones, sides: [Side; 2]) -> Street {
-    let kerbs = [-dice.uniform(3.0, 7.5), dice.uniform(2.6, 6.0)];
-    let pavements = [dice.uniform(1.6, 4.2), dice.uniform(1.6, 4.2)];
+    let kerbs = [-dice.uniform(2.8, 6.0), dice.uniform(2.0, 4.5)];
+    let pavements = [dice.uniform(2.0, 5.0), dice.uniform(2.0, 5.0)];
     let white = dice.near([0.8, 0.8, 0.78], 0.1, 0.02);
     let mut marks = vec![LaneMark {
         x: (kerbs[0] + kerbs[1]) * 0.5 + dice.uniform(-0.5, 0.5),
@@ -169,7 +169,7 @@ fn row_of_buildings(
 
 fn draw_building(dice: &mut Dice, tones: &Tones, x: [f32; 2], z: [f32; 2]) -> Building {
     let storey = dice.uniform(2.7, 3.7);
-    let wall = if dice.chance(0.35) { tones.any(dice) } else { wall_color(dice) };
+    let wall = if dice.disguise(0.2) { tones.any(dice) } else { wall_color(dice) };
     let glass = match dice.count(0, 3) {
         0 | 1 => scale(tones.sky, dice.uniform(0.6, 1.1)),
         2 => dice.near([0.15, 0.17, 0.2], 0.05, 0.02),

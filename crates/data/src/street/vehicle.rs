@@ -48,7 +48,7 @@ impl Vehicle {
         }
         let belt = self.belt * h;
         if y <= belt {
-            let round = (0.12 * l * (y / belt - 0.6).max(0.0)).min(0.3);
+            let round = if self.ends[0] > 0.0 { (0.12 * l * (y / belt - 0.6).max(0.0)).min(0.3) } else { 0.0 };
             if s < round * 0.5 || s > l - round {
                 return None;
             }
@@ -87,8 +87,9 @@ impl Vehicle {
         }
         let belt = self.belt * h;
         if y <= belt {
-            let corner = 0.06 + 0.1 * ((y - belt * 0.75) / (belt * 0.25)).max(0.0).powi(2);
-            if ax > half - corner * 0.6 {
+            let corner =
+                if self.ends[0] > 0.0 { 0.06 * ((y - belt * 0.75) / (belt * 0.25)).max(0.0).powi(2) } else { 0.0 };
+            if ax > half - corner {
                 return None;
             }
             let rear = self.heading == Heading::Away;
@@ -108,8 +109,8 @@ impl Vehicle {
             return Some(scale(self.color, 0.8 + 0.3 * y / belt));
         }
         let t = (y - belt) / (h - belt);
-        let lean = if self.ends[0] > 0.0 { 0.24 } else { 0.03 };
-        let edge = half - 0.06 - lean * t;
+        let lean = if self.ends[0] > 0.0 { 0.22 } else { 0.0 };
+        let edge = half - lean * t;
         if ax > edge {
             return None;
         }

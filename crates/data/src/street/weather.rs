@@ -2,6 +2,7 @@
 
 use super::backdrop::Sky;
 use super::canvas::{Camera, Color, Sensor, View, mix, scale};
+use super::ids;
 use super::light::Light;
 use super::noise::Dice;
 
@@ -22,12 +23,14 @@ impl Tones {
         // Pavement like the road, lighter, darker, or reddish.
         let flags = match dice.count(0, 3) {
             0 => dice.near(asphalt, 0.03, 0.02),
-            1 => dice.near(scale(asphalt, 1.3), 0.06, 0.02),
-            2 => dice.near(scale(asphalt, 0.8), 0.04, 0.02),
+            1 => dice.near(scale(asphalt, 1.4), 0.06, 0.02),
+            2 => dice.near(scale(asphalt, 0.72), 0.03, 0.02),
             _ => dice.near([grey * 1.2, grey * 1.0, grey * 0.85], 0.05, 0.02),
         };
+        let flags = dice.habit(flags, ids::PAVEMENT);
         let wall = wall_color(dice);
         let leaf = leaf_color(dice);
+        let leaf = dice.habit(leaf, ids::TREE);
         Self { asphalt, flags, wall, leaf, sky }
     }
 
@@ -73,6 +76,7 @@ pub(super) fn draw(dice: &mut Dice, height: usize, width: usize) -> (View, Light
         horizon: h * dice.uniform(0.4, 0.54),
         roll: dice.uniform(-0.025, 0.025),
         eye: dice.uniform(1.35, 2.0),
+        thin: 0.75 + 1.5 * (1.0 - dice.variety),
     };
     // 0 clear, 1 broken clouds, 2 overcast, 3 low sun.
     let weather = dice.count(0, 3);
@@ -104,15 +108,15 @@ pub(super) fn draw(dice: &mut Dice, height: usize, width: usize) -> (View, Light
     let view = View { camera, haze, haze_distance: dice.uniform(1.0, 2.2).powi(2) * 70.0 };
     let sky =
         Sky { zenith, cloud: dice.near(cloud, 0.06, 0.01), cover: dice.uniform(cover[0], cover[1]), salt: dice.salt() };
-    let exposure = dice.uniform(0.62, 1.25);
-    let temperature = dice.uniform(-0.09, 0.09);
+    let exposure = dice.vary(0.85, 1.45);
+    let temperature = dice.vary(-0.09, 0.09);
     let tint = dice.uniform(-0.03, 0.03);
     let sensor = Sensor {
         gain: [exposure * (1.0 + temperature), exposure * (1.0 + tint), exposure * (1.0 - temperature)],
-        gamma: dice.uniform(0.75, 1.25),
-        noise: dice.uniform(0.008, 0.03),
-        blur: dice.uniform(0.0, 0.35),
-        vignette: dice.uniform(0.0, 0.35),
+        gamma: dice.vary(0.85, 1.35),
+        noise: dice.uniform(0.006, 0.02) * dice.variety,
+        blur: dice.uniform(0.0, 0.25) * dice.variety,
+        vignette: dice.uniform(0.0, 0.35) * dice.variety,
         salt: dice.salt(),
     };
     (view, light, sky, sensor)

@@ -15,7 +15,7 @@ use segdistill_train::{
 pub const HW: [usize; 2] = [32, 48];
 
 pub fn scenes(split: Split) -> Arc<dyn Dataset> {
-    let cfg = StreetScenesConfig { height: HW[0], width: HW[1], seed: 5, n_train: 6, n_val: 3, n_test: 2 };
+    let cfg = StreetScenesConfig { height: HW[0], width: HW[1], seed: 5, variety: 1.0, n_train: 6, n_val: 3, n_test: 2 };
     Arc::new(StreetScenes::new(cfg, split).expect("drawn scenes"))
 }
 
