@@ -383,7 +383,15 @@ fn data_plan(recipe: &Recipe, written: &[String], args: &RecipeArgs) -> Result<D
                 ));
             }
             let (height, width) = (d.height, d.width);
-            Ok(DataPlan::StreetScenes { height, width, train: d.train, val: d.val, test: d.test, seed: d.seed, variety: d.variety })
+            Ok(DataPlan::StreetScenes {
+                height,
+                width,
+                train: d.train,
+                val: d.val,
+                test: d.test,
+                seed: d.seed,
+                variety: d.variety,
+            })
         }
         id => {
             let unused = written.iter().find(|k| k.starts_with("data.") && *k != "data.root");

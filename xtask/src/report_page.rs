@@ -23,7 +23,7 @@ use crate::run_folder::{FinalConfig, class_table};
 pub(crate) struct Written {
     /// The page.
     pub(crate) page: PathBuf,
-    /// The Markdown, for the terminal.
+    /// Headline and main table, for the terminal.
     pub(crate) text: String,
     /// Rows of results.csv.
     pub(crate) rows: Vec<ResultRow>,
@@ -53,6 +53,8 @@ pub(crate) fn write(runs: &[PathBuf], out: &Path) -> Result<Written> {
     write_csv(&timings_frame(&report.timings)?, &out.join("timings.csv"))?;
     write_atomic(&out.join("report.md"), text.as_bytes())?;
     write_atomic(&page, report.to_html().as_bytes())?;
+    // Everything up to the second table: what a terminal shows at a glance.
+    let text = text.split("\n### ").next().unwrap_or(&text).trim_end().to_string();
     Ok(Written { page, text, rows: report.rows })
 }
 

@@ -10,9 +10,10 @@ use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 use segdistill_data::classes::{Class, ClassTable};
+use segdistill_eval::table::write_atomic;
 use segdistill_models::{Frozen, ModelSpec};
 use segdistill_train::Stage;
-use segdistill_train::checkpoint::{sha256_hex, to_safetensors, write_atomic};
+use segdistill_train::checkpoint::{sha256_hex, to_safetensors};
 
 use crate::exit::{UNAVAILABLE, coded, usage};
 use crate::recipe::Plan;

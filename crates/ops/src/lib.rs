@@ -5,6 +5,23 @@
 //! kin take `[n, c, h, w]` tensors and record their own exact backward. CPU kernels run on rayon's global pool and give
 //! the same bits for any number of threads.
 //!
+//! # Example
+//! A depthwise convolution and the gradient of its kernel:
+//! ```
+//! use candle_core::{DType, Device, Tensor, Var};
+//! use segdistill_ops::{Conv2dConfig, conv2d, relu};
+//! # fn main() -> segdistill_ops::Result<()> {
+//! let images = Tensor::ones((2, 8, 9, 7), DType::F32, &Device::Cpu)?;
+//! let kernel = Var::ones((8, 1, 3, 3), DType::F32, &Device::Cpu)?;
+//! let cfg = Conv2dConfig { stride: [2, 2], padding: [1, 1], groups: 8, ..Conv2dConfig::default() };
+//! let maps = relu(&conv2d(&images, &kernel, None, cfg)?)?;
+//! assert_eq!(maps.dims(), [2, 8, 5, 4]);
+//! let gradients = maps.sum_all()?.backward()?;
+//! assert_eq!(gradients.get(&kernel).expect("the kernel has a gradient").dims(), [8, 1, 3, 3]);
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! What does not live here: networks, losses, anything that knows a class, a file format of a data set or a step.
 
 mod activation;

@@ -8,6 +8,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
+use segdistill_eval::table::write_atomic;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -60,26 +61,6 @@ fn broken(path: &Path, why: impl Into<String>) -> TrainError {
 /// sha256 of bytes, in hex.
 pub fn sha256_hex(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect()
-}
-
-/// Writes a file beside `path`, flushes it and renames it into place.
-///
-/// # Errors
-/// `Io` naming the file; the old file is then untouched.
-pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
-    let dir = path.parent().unwrap_or(Path::new("."));
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let scratch = dir.join(format!("{SCRATCH}{}-{name}", std::process::id()));
-    let write = || -> Result<()> {
-        let mut file = fs_err::File::create(&scratch)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        fs_err::rename(&scratch, path)?;
-        sync_dir(dir)
-    };
-    write().inspect_err(|_| {
-        let _ = fs_err::remove_file(&scratch);
-    })
 }
 
 fn sync_dir(dir: &Path) -> Result<()> {

@@ -63,7 +63,7 @@ pub fn evaluate(
     device: &Device,
     each: &mut dyn FnMut(ImageResult<'_>) -> Result<()>,
 ) -> Result<Evaluation> {
-    if dataset.len() == 0 {
+    if dataset.is_empty() {
         let what = format!("split {} of {} has no image", dataset.split(), dataset.id());
         return Err(TrainError::config(what, "evaluate a split that has images"));
     }

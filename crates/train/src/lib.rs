@@ -5,6 +5,58 @@
 //! [`Observer`] what happens. A teacher enters as a [`segdistill_models::Frozen`], which records no graph.
 //!
 //! What does not live here: loss formulas, network structures, image files, the command line. Nothing here prints.
+//!
+//! # Example
+//! Two steps of a small network on drawn scenes:
+//! ```
+//! use std::sync::{Arc, atomic::AtomicBool};
+//! use candle_core::Device;
+//! use segdistill_data::{Split, StreetScenes, StreetScenesConfig};
+//! use segdistill_models::ModelSpec;
+//! use segdistill_train::{
+//!     ClassWeighting, InputConfig, Observer, OptimConfig, Stage, StageData, StepRecord, TermConfig, TermKind, run_stage,
+//! };
+//!
+//! struct Losses(Vec<f64>);
+//! impl Observer for Losses {
+//!     fn on_step(&mut self, record: &StepRecord) {
+//!         self.0.push(record.loss);
+//!     }
+//! }
+//!
+//! let scenes = StreetScenesConfig { height: 32, width: 48, seed: 0, variety: 0.5, n_train: 4, n_val: 2, n_test: 2 };
+//! let stage = Stage {
+//!     method: "ce".into(),
+//!     model: ModelSpec { width: 0.125, ..ModelSpec::deeplabv3plus("resnet18", 11) },
+//!     seed: 0,
+//!     steps: 2,
+//!     batch_size: 2,
+//!     optim: OptimConfig {
+//!         lr: 0.02,
+//!         momentum: 0.9,
+//!         nesterov: true,
+//!         weight_decay: 1e-4,
+//!         decay_all: false,
+//!         poly_power: 0.9,
+//!         warmup_steps: 0,
+//!         clip_norm: 0.0,
+//!     },
+//!     terms: vec![TermConfig { loss: TermKind::Ce, weight: 1.0, schedule: Default::default() }],
+//!     input: InputConfig { size: [32, 48], crop: [32, 48], scale: [1.0, 1.0], flip: 0.5, jitter: 0.1, workers: 1 },
+//!     class_weighting: ClassWeighting::None,
+//!     eval_every: 2,
+//! };
+//! let folder = std::env::temp_dir().join(format!("segdistill-example-{}", std::process::id()));
+//! let stop = AtomicBool::new(false);
+//! let val = StreetScenes::new(scenes.clone(), Split::Val)?;
+//! let train = Arc::new(StreetScenes::new(scenes, Split::Train)?);
+//! let data = StageData { train, val: &val, teacher: None, device: &Device::Cpu, stop: &stop };
+//! let mut losses = Losses(Vec::new());
+//! let outcome = run_stage(&stage, &folder, &data, false, &mut losses)?;
+//! assert_eq!((losses.0.len(), outcome.best.0), (2, 2));
+//! # std::fs::remove_dir_all(&folder)?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 #![forbid(unsafe_code)]
 
 pub mod checkpoint;
@@ -27,3 +79,8 @@ pub use optim::{Sgd, global_norm};
 pub use schedule::{PolySchedule, WeightSchedule};
 pub use stage::{Observer, StageData, StageOutcome, StepRecord, ValRecord, run_stage};
 pub use step::{StepInputs, valid_at_grid};
+
+/// The README's example, compiled and run with the documentation tests.
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+struct Readme;

@@ -8,8 +8,9 @@ use anyhow::Result;
 use segdistill_data::LabelMap;
 use segdistill_data::preview::{overlay, read_image, write_label_png, write_png};
 use segdistill_eval::predict_labels;
+use segdistill_eval::table::write_atomic;
 use segdistill_ops::resize_bilinear;
-use segdistill_train::checkpoint::{to_safetensors, write_atomic};
+use segdistill_train::checkpoint::to_safetensors;
 use segdistill_train::image_tensor;
 
 use crate::cli::Predict;

@@ -37,7 +37,9 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
         let mut file = fs_err::OpenOptions::new().write(true).create_new(true).open(&fresh)?;
         file.write_all(bytes)?;
         file.sync_all()?;
-        Ok(fs_err::rename(&fresh, path)?)
+        fs_err::rename(&fresh, path)?;
+        // The rename itself is on disk only once the folder is.
+        Ok(fs_err::File::open(folder)?.sync_all()?)
     })();
     if written.is_err() {
         // The first error is the one to report; the fresh file may not even exist.

@@ -12,14 +12,15 @@ use segdistill_train::{
     ClassWeighting, InputConfig, OptimConfig, ScheduleConfig, Stage, StageData, TermConfig, TermKind,
 };
 
-pub const HW: [usize; 2] = [32, 48];
+pub(crate) const HW: [usize; 2] = [32, 48];
 
-pub fn scenes(split: Split) -> Arc<dyn Dataset> {
-    let cfg = StreetScenesConfig { height: HW[0], width: HW[1], seed: 5, variety: 1.0, n_train: 6, n_val: 3, n_test: 2 };
+pub(crate) fn scenes(split: Split) -> Arc<dyn Dataset> {
+    let cfg =
+        StreetScenesConfig { height: HW[0], width: HW[1], seed: 5, variety: 1.0, n_train: 6, n_val: 3, n_test: 2 };
     Arc::new(StreetScenes::new(cfg, split).expect("drawn scenes"))
 }
 
-pub fn stage(terms: &[(TermKind, f64)]) -> Stage {
+pub(crate) fn stage(terms: &[(TermKind, f64)]) -> Stage {
     Stage {
         method: "ce".into(),
         model: ModelSpec {
@@ -54,18 +55,18 @@ pub fn stage(terms: &[(TermKind, f64)]) -> Stage {
     }
 }
 
-pub struct World {
-    pub train: Arc<dyn Dataset>,
-    pub val: Arc<dyn Dataset>,
-    pub stop: AtomicBool,
+pub(crate) struct World {
+    pub(crate) train: Arc<dyn Dataset>,
+    pub(crate) val: Arc<dyn Dataset>,
+    pub(crate) stop: AtomicBool,
 }
 
 impl World {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { train: scenes(Split::Train), val: scenes(Split::Val), stop: AtomicBool::new(false) }
     }
 
-    pub fn data(&self) -> StageData<'_> {
+    pub(crate) fn data(&self) -> StageData<'_> {
         StageData {
             train: Arc::clone(&self.train),
             val: self.val.as_ref(),
