@@ -1,0 +1,198 @@
+//! The main job through the binary, on networks and scenes small enough for seconds.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+/// Settings of a run that takes seconds.
+const TINY: [&str; 14] = [
+    "data.height=32",
+    "data.width=48",
+    "data.train=4",
+    "data.val=3",
+    "data.test=2",
+    "teacher.encoder=resnet18",
+    "teacher.width=0.125",
+    "teacher.steps=4",
+    "student.width=0.125",
+    "train.steps=4",
+    "train.batch_size=2",
+    "train.eval_every=2",
+    "optim.warmup_steps=1",
+    "expect.teacher_val_miou=0.0",
+];
+
+fn xtask(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_xtask")).args(args).env_remove("SEGDISTILL_DATA_DIR").output().unwrap()
+}
+
+fn tiny(out: &Path, more: &[&str]) -> Output {
+    let out = out.to_str().unwrap();
+    let mut args = vec!["reproduce", "--out", out, "--seeds", "0,1", "--set", "expect.teacher_above_students=false"];
+    for set in TINY {
+        args.extend(["--set", set]);
+    }
+    args.extend(["--set", "input.size=[32,48]", "--set", "input.crop=[32,48]"]);
+    args.extend(more);
+    xtask(&args)
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+fn good(out: &Output) {
+    assert!(out.status.success(), "{}\n{}", text(&out.stdout), text(&out.stderr));
+}
+
+fn read(path: PathBuf) -> String {
+    fs_err::read_to_string(path).unwrap()
+}
+
+#[test]
+fn a_run_repeats_and_resumes_to_the_same_results() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, b) = (dir.path().join("a"), dir.path().join("b"));
+    good(&tiny(&a, &[]));
+    for file in ["index.html", "report.md", "results.csv", "results.parquet", "results.json", "timings.csv"] {
+        assert!(a.join("report").join(file).metadata().unwrap().len() > 50, "{file}");
+    }
+    let results = read(a.join("report/results.csv"));
+    let rows: Vec<Vec<&str>> = results.lines().skip(1).map(|l| l.split(',').collect()).collect();
+    // Teacher, and two methods with two seeds; three splits each.
+    assert_eq!(rows.len(), 15, "{results}");
+    for (role, method, n) in [("teacher", "ce", 3), ("student", "ce", 6), ("student", "csc+ce", 6)] {
+        assert_eq!(rows.iter().filter(|r| r[1] == role && r[0] == method).count(), n, "{role} {method}\n{results}");
+    }
+    good(&tiny(&b, &[]));
+    assert_eq!(read(b.join("report/results.csv")), results, "the same seed gives the same file");
+
+    // A second run of the same folder keeps the first.
+    good(&tiny(&b, &[]));
+    assert_eq!(read(b.join("report/results.csv")), results);
+    assert_eq!(read(dir.path().join("b-1/report/results.csv")), results, "the earlier run is kept");
+
+    // Stages that lost their end are trained again, from their checkpoints; the rest is kept.
+    fs_err::remove_dir_all(b.join("csc+ce/seed-1/final")).unwrap();
+    fs_err::remove_dir_all(b.join("csc+ce/seed-1/eval")).unwrap();
+    fs_err::remove_dir_all(b.join("ce/seed-0")).unwrap();
+    let kept = b.join("teacher/final/model.safetensors").metadata().unwrap().modified().unwrap();
+    good(&tiny(&b, &["--resume"]));
+    assert_eq!(read(b.join("report/results.csv")), results, "resumed results are those of the whole run");
+    assert_eq!(b.join("teacher/final/model.safetensors").metadata().unwrap().modified().unwrap(), kept);
+
+    let changed = tiny(&b, &["--resume", "--set", "optim.lr=0.3"]);
+    assert_eq!(changed.status.code(), Some(2));
+    assert!(text(&changed.stderr).contains("optim.lr was 0.05, is 0.3"), "{}", text(&changed.stderr));
+    later_commands(&a);
+    wrong_teacher(&a);
+}
+
+/// `report`, `eval` and `predict` on a finished run.
+fn later_commands(run: &Path) {
+    let at = |p: &str| run.join(p).to_str().unwrap().to_string();
+    let html = read(run.join("report/index.html"));
+    good(&xtask(&["report", &at("")]));
+    assert_eq!(read(run.join("report/index.html")), html, "the report is a function of the run folder");
+    assert_eq!(xtask(&["report", &at(""), &at("")]).status.code(), Some(2), "several runs need --out");
+
+    let out = xtask(&["eval", "--model", &at("teacher"), "--split", "test", "--json"]);
+    good(&out);
+    let json: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+    let saved: serde_json::Value = serde_json::from_str(&read(run.join("teacher/eval/test/summary.json"))).unwrap();
+    assert_eq!(json["scores"], saved["scores"], "one evaluator");
+
+    let picture = fs_err::read_dir(run.join("teacher/eval/val/gallery")).unwrap().map(|e| e.unwrap().path());
+    let picture = picture.filter(|p| p.to_str().unwrap().ends_with("_input.png")).next().unwrap();
+    let logits = at("logits.safetensors");
+    good(&xtask(&[
+        "predict",
+        "--model",
+        &at("teacher"),
+        "--out",
+        &at("predicted"),
+        "--save-logits",
+        &logits,
+        picture.to_str().unwrap(),
+    ]));
+    let stem = picture.file_stem().unwrap().to_str().unwrap();
+    let of_eval = fs_err::read(picture.to_str().unwrap().replace("_input", "_predicted")).unwrap();
+    let of_predict = fs_err::read(run.join("predicted").join(format!("{stem}.png"))).unwrap();
+    assert_eq!(of_predict, of_eval, "predict and the evaluation give the same label image");
+    let tensors = segdistill_ops::params::read_safetensors(Path::new(&logits), &candle_core::Device::Cpu).unwrap();
+    assert_eq!(tensors[stem].dims(), [1, 11, 32, 48]);
+
+    // Label images made by anything: what `predict` wrote scores 1 against itself.
+    let out =
+        xtask(&["eval", "--predictions", &at("predicted"), "--labels", &at("predicted"), "--dataset", "street-scenes"]);
+    assert_eq!(out.status.code(), Some(3), "an overlay is no label image: {}", text(&out.stderr));
+    fs_err::remove_file(run.join("predicted").join(format!("{stem}_overlay.png"))).unwrap();
+    let out = xtask(&[
+        "eval",
+        "--predictions",
+        &at("predicted"),
+        "--labels",
+        &at("predicted"),
+        "--dataset",
+        "street-scenes",
+        "--json",
+    ]);
+    good(&out);
+    let json: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+    assert_eq!(json["scores"]["miou"], 1.0);
+}
+
+/// A teacher file that does not fit stops the run with every difference, before anything is trained.
+fn wrong_teacher(run: &Path) {
+    let cpu = candle_core::Device::Cpu;
+    let mut tensors =
+        segdistill_ops::params::read_safetensors(&run.join("teacher/final/model.safetensors"), &cpu).unwrap();
+    let names: Vec<String> = tensors.keys().cloned().collect();
+    let (wrong, gone) = (&names[0], &names[5]);
+    tensors.insert(wrong.clone(), candle_core::Tensor::zeros((1, 2, 3), candle_core::DType::F32, &cpu).unwrap());
+    tensors.remove(gone);
+    tensors.insert("extra.weight".into(), candle_core::Tensor::zeros(3, candle_core::DType::F32, &cpu).unwrap());
+    let file = run.join("wrong.safetensors");
+    candle_core::safetensors::save(&tensors.into_iter().collect(), &file).unwrap();
+    let setting = format!("teacher.weights={}", file.to_str().unwrap());
+    let out = tiny(&run.join("wrong"), &["--set", &setting]);
+    let message = text(&out.stderr);
+    assert_eq!(out.status.code(), Some(1), "{message}");
+    for part in [wrong.as_str(), "found [1, 2, 3]", gone.as_str(), "extra.weight", "3 tensors differ"] {
+        assert!(message.contains(part), "`{part}` in:\n{message}");
+    }
+    assert!(!run.join("wrong/ce").exists(), "nothing was trained");
+    let setting = format!("teacher.weights={}", run.join("teacher/final/model.safetensors").to_str().unwrap());
+    good(&tiny(&run.join("given"), &["--set", &setting, "--methods", "csc+ce"]));
+    assert!(!run.join("given/teacher/metrics.csv").exists(), "a given teacher is not trained");
+}
+
+#[test]
+fn an_interrupted_run_exits_130_and_goes_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = dir.path().join("run");
+    let long = ["--set", "train.steps=200", "--set", "teacher.steps=200", "--set", "train.eval_every=100"];
+    let out = run.to_str().unwrap();
+    let mut args = vec!["reproduce", "--out", out, "--set", "expect.teacher_above_students=false"];
+    for set in TINY {
+        args.extend(["--set", set]);
+    }
+    args.extend(["--set", "input.size=[32,48]", "--set", "input.crop=[32,48]"]);
+    args.extend(long);
+    let mut child =
+        Command::new(env!("CARGO_BIN_EXE_xtask")).args(&args).stderr(std::process::Stdio::piped()).spawn().unwrap();
+    let metrics = run.join("teacher/metrics.csv");
+    let started = std::time::Instant::now();
+    while fs_err::read_to_string(&metrics).map_or(0, |t| t.lines().count()) < 5 {
+        assert!(started.elapsed().as_secs() < 120, "training starts");
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    let status = child.wait().unwrap();
+    assert_eq!(status.code(), Some(130));
+    let last = read(run.join("teacher/last"));
+    assert!(run.join("teacher/checkpoints").join(&last).join("state.json").is_file(), "{last}");
+
+    // A folder in use is refused; one whose owner is gone is not.
+    let second = xtask(&["report", out]);
+    assert_eq!(second.status.code(), Some(4), "no finished stage to report yet");
+}
