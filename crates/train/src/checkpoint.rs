@@ -91,7 +91,13 @@ pub fn save(
 ) -> Result<PathBuf> {
     let root = stage_dir.join("checkpoints");
     fs_err::create_dir_all(&root)?;
-    let name = format!("step_{:06}", state.step);
+    // The same step saved twice (stopped, then evaluated) gets a second folder: the one `last` names stays until the
+    // pointer has moved.
+    let step = format!("step_{:06}", state.step);
+    let name = (1..)
+        .map(|n| if n == 1 { step.clone() } else { format!("{step}-{n}") })
+        .find(|name| !root.join(name).exists())
+        .unwrap_or(step);
     let scratch = root.join(format!("{SCRATCH}{}-{name}", std::process::id()));
     let place = root.join(&name);
     let write = |state: &mut State| -> Result<()> {
@@ -107,10 +113,6 @@ pub fn save(
         let json = serde_json::to_vec_pretty(state).map_err(|e| broken(&scratch, e.to_string()))?;
         write_synced(&scratch.join(STATE), &json)?;
         sync_dir(&scratch)?;
-        if place.exists() {
-            // The same step saved twice: move the old one aside, so that its place is empty for one rename only.
-            fs_err::rename(&place, root.join(format!("{SCRATCH}{}-old", std::process::id())))?;
-        }
         fs_err::rename(&scratch, &place)?;
         sync_dir(&root)
     };
@@ -134,7 +136,10 @@ fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
 
 /// Removes checkpoints that neither `last` nor `best` names, and scratch left by a killed process.
 fn sweep(stage_dir: &Path) -> Result<()> {
-    let keep: Vec<String> = ["last", "best"].iter().filter_map(|p| pointer(stage_dir, p)).collect();
+    let mut keep = Vec::new();
+    for which in ["last", "best"] {
+        keep.extend(pointer(stage_dir, which)?);
+    }
     for entry in fs_err::read_dir(stage_dir.join("checkpoints"))? {
         let entry = entry?;
         let name = entry.file_name().to_string_lossy().into_owned();
@@ -146,13 +151,40 @@ fn sweep(stage_dir: &Path) -> Result<()> {
     Ok(())
 }
 
-fn pointer(stage_dir: &Path, which: &str) -> Option<String> {
-    Some(fs_err::read_to_string(stage_dir.join(which)).ok()?.trim().to_string())
+/// The checkpoint name a pointer file holds; `None` when nothing was ever saved.
+fn pointer(stage_dir: &Path, which: &str) -> Result<Option<String>> {
+    let path = stage_dir.join(which);
+    let name = match fs_err::read_to_string(&path) {
+        Ok(text) => text.trim().to_string(),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(e.into()),
+    };
+    let known = name.starts_with("step_") && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-".contains(&b));
+    if known { Ok(Some(name)) } else { Err(broken(&path, format!("it names `{name}`, expected step_NNNNNN"))) }
 }
 
 /// The folder that `last` or `best` names, if a checkpoint was ever written.
-pub fn find(stage_dir: &Path, which: &str) -> Option<PathBuf> {
-    Some(stage_dir.join("checkpoints").join(pointer(stage_dir, which)?))
+///
+/// A process killed between a checkpoint and its pointer leaves a whole checkpoint that no `last` names: the newest is it.
+///
+/// # Errors
+/// `Checkpoint` when the pointer file is damaged.
+pub fn find(stage_dir: &Path, which: &str) -> Result<Option<PathBuf>> {
+    let root = stage_dir.join("checkpoints");
+    if let Some(name) = pointer(stage_dir, which)? {
+        return Ok(Some(root.join(name)));
+    }
+    if which != "last" || !root.is_dir() {
+        return Ok(None);
+    }
+    let mut whole = Vec::new();
+    for entry in fs_err::read_dir(&root)? {
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        if name.starts_with("step_") {
+            whole.push(name);
+        }
+    }
+    Ok(whole.into_iter().max().map(|name| root.join(name)))
 }
 
 /// Reads a checkpoint folder and verifies every digest.

@@ -155,9 +155,21 @@ impl Stage {
             || format!("optim.momentum = {}", o.momentum),
             "use 0 <= momentum < 1",
         )?;
-        check(o.weight_decay >= 0.0, || format!("optim.weight_decay = {}", o.weight_decay), "use 0 or more")?;
-        check(o.poly_power > 0.0, || format!("optim.poly_power = {}", o.poly_power), "0.9 is usual")?;
-        check(o.clip_norm >= 0.0, || format!("optim.clip_norm = {}", o.clip_norm), "0 switches clipping off")?;
+        check(
+            o.weight_decay >= 0.0 && o.weight_decay.is_finite(),
+            || format!("optim.weight_decay = {}", o.weight_decay),
+            "use 0 or more",
+        )?;
+        check(
+            o.poly_power > 0.0 && o.poly_power.is_finite(),
+            || format!("optim.poly_power = {}", o.poly_power),
+            "0.9 is usual",
+        )?;
+        check(
+            o.clip_norm >= 0.0 && o.clip_norm.is_finite(),
+            || format!("optim.clip_norm = {}", o.clip_norm),
+            "0 switches clipping off",
+        )?;
         let warm = || format!("optim.warmup_steps = {} of {} steps", o.warmup_steps, self.steps);
         check(o.warmup_steps < self.steps, warm, "warm up for less than the whole run")?;
         let sizes = || format!("input.size = {:?}, input.crop = {:?}", i.size, i.crop);

@@ -3,6 +3,8 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use segdistill_eval::table::write_atomic;
+
 use crate::error::{Result, TrainError};
 use crate::stage::{StepRecord, ValRecord};
 
@@ -40,7 +42,7 @@ impl MetricsLog {
                 None => format!(",{},", t.weight),
             })
             .collect();
-        writeln!(self.metrics, "{},{},{terms}{},{},{:.2}", r.step, r.loss, r.lr, r.grad_norm, r.images_per_second)?;
+        writeln!(self.metrics, "{},{},{terms}{},{},{}", r.step, r.loss, r.lr, r.grad_norm, r.images_per_second)?;
         Ok(())
     }
 
@@ -79,9 +81,8 @@ fn keep(path: &Path, header: &str, done: u64) -> Result<fs_err::File> {
             }
         }
     }
-    let mut file = fs_err::File::create(path)?;
-    file.write_all(kept.as_bytes())?;
-    Ok(file)
+    write_atomic(path, kept.as_bytes())?;
+    Ok(fs_err::OpenOptions::new().append(true).open(path)?)
 }
 
 /// Columns of a CSV of numbers: (name, values); an empty field is NaN.

@@ -39,13 +39,13 @@ impl WeightSchedule {
         Self { weight, kind, steps }
     }
 
-    /// Weight at step `t`, from 0.
+    /// Weight at step `t`, from 0; a ramp up starts above 0, so that the term has a gradient from the first step.
     pub fn at(&self, t: u64) -> f64 {
         let done = t as f64 / self.steps as f64;
         self.weight
             * match self.kind {
                 ScheduleConfig::Constant => 1.0,
-                ScheduleConfig::RampUp => (done * 10.0).min(1.0),
+                ScheduleConfig::RampUp => ((t + 1) as f64 / self.steps as f64 * 10.0).min(1.0),
                 ScheduleConfig::RampDown => (1.0 - done).max(0.0),
             }
     }
@@ -78,10 +78,8 @@ mod tests {
     fn term_weights_follow_their_schedule() {
         let at = |kind, t| WeightSchedule::new(4.0, kind, 100).at(t);
         assert_eq!([at(ScheduleConfig::Constant, 0), at(ScheduleConfig::Constant, 99)], [4.0, 4.0]);
-        assert_eq!(
-            [at(ScheduleConfig::RampUp, 0), at(ScheduleConfig::RampUp, 5), at(ScheduleConfig::RampUp, 50)],
-            [0.0, 2.0, 4.0]
-        );
+        let up = |t| at(ScheduleConfig::RampUp, t);
+        assert_eq!([up(0), up(4), up(9), up(50)], [0.4, 2.0, 4.0, 4.0]);
         assert_eq!([at(ScheduleConfig::RampDown, 0), at(ScheduleConfig::RampDown, 75)], [4.0, 1.0]);
     }
 }

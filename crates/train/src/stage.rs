@@ -13,7 +13,7 @@ use segdistill_eval::Scores;
 use segdistill_models::{Frozen, build};
 use segdistill_ops::{Mode, NamedParam, ParamStore};
 
-use crate::checkpoint::{self, State};
+use crate::checkpoint::{self, State, sha256_hex};
 use crate::config::{ClassWeighting, Stage};
 use crate::error::{Result, TrainError};
 use crate::evaluate::evaluate;
@@ -120,10 +120,10 @@ pub fn run_stage(
         best: None,
         stage: stage.clone(),
         teacher: data.teacher.map(|(_, digest)| digest.to_string()),
-        data: identity(data.train.as_ref()),
+        data: identity(data.train.as_ref())?,
         sha256: BTreeMap::new(),
     };
-    if let Some(place) = checkpoint::find(dir, "last").filter(|_| resume) {
+    if let Some(place) = if resume { checkpoint::find(dir, "last")? } else { None } {
         let saved = checkpoint::load(&place, data.device)?;
         same_run(&place, &saved.state, &state)?;
         store.load(&saved.model)?;
@@ -143,6 +143,10 @@ pub fn run_stage(
         let due = state.step > 0 && (state.step.is_multiple_of(stage.eval_every) || state.step == stage.steps);
         if due && state.validated < state.step {
             let scores = validate(stage, &store, data)?;
+            if !scores.miou.is_finite() {
+                let what = format!("val mIoU is {} at step {}: no pixel of val has a class", scores.miou, state.step);
+                return Err(TrainError::config(what, "evaluate on a split with labels"));
+            }
             let is_best = state.best.is_none_or(|(_, best)| scores.miou > best);
             state.validated = state.step;
             if is_best {
@@ -196,7 +200,7 @@ pub fn run_stage(
 
 /// Best weights of a finished stage.
 fn finish(dir: &Path, state: &State, device: &Device, started: Instant) -> Result<StageOutcome> {
-    let place = checkpoint::find(dir, "best").ok_or_else(|| TrainError::Checkpoint {
+    let place = checkpoint::find(dir, "best")?.ok_or_else(|| TrainError::Checkpoint {
         path: dir.to_path_buf(),
         why: "no evaluation on val chose a best checkpoint".into(),
         hint: "train the stage again without --resume",
@@ -206,8 +210,11 @@ fn finish(dir: &Path, state: &State, device: &Device, started: Instant) -> Resul
     Ok(StageOutcome { weights, best, seconds: started.elapsed().as_secs_f64() })
 }
 
-fn identity(dataset: &dyn Dataset) -> String {
-    format!("{}/{} {} images", dataset.id(), dataset.split(), dataset.len())
+/// What a resumed run must find again: name, size and first sample of the training data.
+fn identity(dataset: &dyn Dataset) -> Result<String> {
+    let first = dataset.sample(0)?;
+    let digest = sha256_hex(&[first.name.as_bytes(), &first.image.rgb, &first.labels.ids].concat());
+    Ok(format!("{}/{} {} images, first {}", dataset.id(), dataset.split(), dataset.len(), &digest[..16]))
 }
 
 /// Refuses to resume a checkpoint of another configuration, naming what differs.

@@ -41,7 +41,7 @@ fn untimed(dir: &Path) -> Vec<(String, Vec<f64>)> {
 }
 
 fn last_weights(dir: &Path) -> Vec<u8> {
-    bytes(&checkpoint::load(&checkpoint::find(dir, "last").unwrap(), &Device::Cpu).unwrap().model)
+    bytes(&checkpoint::load(&checkpoint::find(dir, "last").unwrap().unwrap(), &Device::Cpu).unwrap().model)
 }
 
 #[test]
@@ -106,7 +106,7 @@ fn resuming_another_configuration_names_the_difference() {
 fn a_changed_checkpoint_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     train(&stage(&[(TermKind::Ce, 1.0)]), dir.path(), &World::new());
-    let place = checkpoint::find(dir.path(), "last").unwrap();
+    let place = checkpoint::find(dir.path(), "last").unwrap().unwrap();
     for file in ["model.safetensors", "optimizer.safetensors"] {
         let path = place.join(file);
         let whole = fs_err::read(&path).unwrap();
