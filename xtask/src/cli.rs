@@ -123,10 +123,10 @@ pub(crate) struct Eval {
     /// Stage folder of a run, with final/model.safetensors
     #[arg(long, value_name = "DIR", conflicts_with_all = ["predictions", "labels", "dataset"], required_unless_present = "predictions")]
     pub(crate) model: Option<PathBuf>,
-    /// Split to evaluate
-    #[arg(long, default_value = "val", value_name = "SPLIT")]
-    pub(crate) split: String,
-    /// Folder of the data set; default: $SEGDISTILL_DATA_DIR/<data set>
+    /// Split to evaluate (train, val, test); default: val. With --predictions only a name for the report
+    #[arg(long, value_name = "SPLIT")]
+    pub(crate) split: Option<String>,
+    /// Folder of the data set; default: the run's own
     #[arg(long, value_name = "DIR")]
     pub(crate) data_root: Option<PathBuf>,
     /// Folder of predicted label PNGs, one a label image, same file name
@@ -138,7 +138,7 @@ pub(crate) struct Eval {
     /// Data set whose classes the labels hold
     #[arg(long, value_name = "NAME")]
     pub(crate) dataset: Option<String>,
-    /// Folder for summary.json, per_class.csv, confusion.csv and a report page
+    /// Folder for summary.json, per_class.csv, confusion.csv and a report page; nothing is written without it
     #[arg(long, value_name = "DIR")]
     pub(crate) out: Option<PathBuf>,
     /// Where to run: cpu or cuda:N

@@ -14,7 +14,7 @@ use segdistill_eval::table::{
     ResultRow, TimingRow, confusion_frame, per_class_frame, per_class_rows, read_csv, timings_frame,
     timings_from_frame, write_csv,
 };
-use segdistill_eval::{Scores, Summary};
+use segdistill_eval::{Confusion, Scores, Summary};
 use segdistill_models::{Frozen, macs};
 use segdistill_train::checkpoint::sha256_hex;
 use segdistill_train::{Stage, StageData, TrainError, evaluate, run_stage};
@@ -194,11 +194,13 @@ impl Pipeline<'_> {
             let started = Instant::now();
             let keep = if split == Split::Val { gallery_indices(dataset.len()) } else { Vec::new() };
             let label = format!("{} {split}", stage_label(&model.config));
-            evaluate_into(model, dataset.as_ref(), &self.device, &place, &label, &keep, &|| self.interrupt.check())
-                .map_err(|e| match e.downcast::<TrainError>() {
-                    Ok(e) => self.interrupt.coded(e),
-                    Err(e) => e,
-                })?;
+            evaluate_into(model, dataset.as_ref(), &self.device, Some(&place), &label, &keep, &|| {
+                self.interrupt.check()
+            })
+            .map_err(|e| match e.downcast::<TrainError>() {
+                Ok(e) => self.interrupt.coded(e),
+                Err(e) => e,
+            })?;
             let row =
                 timing(&model.config, &format!("eval {split}"), started.elapsed().as_secs_f64(), dataset.len() as u64);
             add_timing(dir, row)?;
@@ -207,17 +209,17 @@ impl Pipeline<'_> {
     }
 }
 
-/// Evaluates `model` on `dataset` and writes summary.json, per_class.csv, confusion.csv and the kept label images.
+/// Evaluates `model` on `dataset`; with a `place`, writes summary.json, per_class.csv, confusion.csv and the kept label
+/// images there.
 pub(crate) fn evaluate_into(
     model: &FinalModel,
     dataset: &dyn Dataset,
     device: &Device,
-    place: &Path,
+    place: Option<&Path>,
     label: &str,
     keep: &[usize],
     check: &dyn Fn() -> segdistill_train::Result<()>,
 ) -> Result<Summary> {
-    fs_err::create_dir_all(place)?;
     let mut progress = Progress::new(label, dataset.len() as u64, "images");
     let logits = |images: &candle_core::Tensor| Ok(model.network.forward(images)?.logits_nchw);
     let mut label_hw = [0, 0];
@@ -225,7 +227,7 @@ pub(crate) fn evaluate_into(
         progress.set(image.index as u64 + 1, String::new);
         let labels = &image.sample.labels;
         label_hw = [labels.height, labels.width];
-        if keep.contains(&image.index) {
+        if let Some(place) = place.filter(|_| keep.contains(&image.index)) {
             let folder = place.join("gallery");
             fs_err::create_dir_all(&folder)?;
             let name = file_stem(&image.sample.name);
@@ -242,8 +244,6 @@ pub(crate) fn evaluate_into(
     let split = dataset.split().to_string();
     let row = ResultRow::new(&c.method, &c.role, &c.model.encoder, &split, c.seed, &scores, done.n_images)
         .with_size(c.params as u64, c.macs);
-    write_csv(&per_class_frame(&per_class_rows(&row, &c.classes, &scores)?)?, &place.join("per_class.csv"))?;
-    write_csv(&confusion_frame(&done.confusion, &c.classes)?, &place.join("confusion.csv"))?;
     let summary = Summary {
         stage: stage_label(c),
         dataset: dataset.id().to_string(),
@@ -253,8 +253,19 @@ pub(crate) fn evaluate_into(
         result: row,
         scores,
     };
-    summary.write(&place.join("summary.json"))?;
+    if let Some(place) = place {
+        write_evaluation(&summary, &done.confusion, place)?;
+    }
     Ok(summary)
+}
+
+/// Writes summary.json, per_class.csv and confusion.csv; the summary last, so that it marks a whole evaluation.
+pub(crate) fn write_evaluation(summary: &Summary, confusion: &Confusion, place: &Path) -> Result<()> {
+    fs_err::create_dir_all(place)?;
+    let rows = per_class_rows(&summary.result, &summary.class_names, &summary.scores)?;
+    write_csv(&per_class_frame(&rows)?, &place.join("per_class.csv"))?;
+    write_csv(&confusion_frame(confusion, &summary.class_names)?, &place.join("confusion.csv"))?;
+    Ok(summary.write(&place.join("summary.json"))?)
 }
 
 /// A sample name as a file name.
@@ -287,6 +298,7 @@ fn timing(c: &FinalConfig, stage: &str, seconds: f64, n_steps: u64) -> TimingRow
         stage: stage.to_string(),
         seconds,
         n_steps,
+        run: String::new(),
     }
 }
 

@@ -1,5 +1,6 @@
 //! The report of runs, read back from what their stages left.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -14,7 +15,7 @@ use segdistill_eval::table::{
 };
 
 use crate::commands::SPLITS;
-use crate::exit::{UNAVAILABLE, coded};
+use crate::exit::{UNAVAILABLE, coded, usage};
 use crate::pipeline::{MODE, finished_stages, stage_label, training_time};
 use crate::recipe::{DataPlan, Plan};
 use crate::run_folder::{FinalConfig, class_table};
@@ -37,15 +38,20 @@ struct StageFiles {
 }
 
 /// Writes report.md, index.html, results.{csv,parquet,json} and timings.csv of `runs` into `out`.
+///
+/// # Errors
+/// Usage for a run given twice, and for runs whose numbers cannot stand beside each other: of other data, scored at
+/// another size or on another number of images.
 pub(crate) fn write(runs: &[PathBuf], out: &Path) -> Result<Written> {
+    let names = run_names(runs)?;
     let mut report = Report::default();
-    for (i, run) in runs.iter().enumerate() {
-        let prefix = if runs.len() > 1 {
-            format!("{}: ", run.file_name().unwrap_or_default().to_string_lossy())
-        } else {
-            String::new()
-        };
-        add_run(&mut report, run, &prefix, i == 0)?;
+    let mut common = Common::default();
+    for (run, name) in runs.iter().zip(&names) {
+        add_run(&mut report, &mut common, run, name)?;
+    }
+    if let [first, .., _] = names.as_slice() {
+        report.title = format!("segdistill: {} compared", names.join(", "));
+        report.notes.push(format!("Pictures, plan and machine are those of run {first}."));
     }
     fs_err::create_dir_all(out)?;
     let (page, text) = (out.join("index.html"), report.to_markdown());
@@ -77,7 +83,77 @@ pub(crate) fn write_single(summary: &Summary, out: &Path, palette: &[[u8; 3]]) -
     Ok(page)
 }
 
-fn add_run(report: &mut Report, run: &Path, prefix: &str, first: bool) -> Result<()> {
+/// A name for each run: nothing for a single one, else the last parts of its path, as many as tell it from the others.
+fn run_names(runs: &[PathBuf]) -> Result<Vec<String>> {
+    if runs.len() < 2 {
+        return Ok(vec![String::new(); runs.len()]);
+    }
+    // Links and `..` resolved, so that one folder has one name; a folder that is not there is refused on reading.
+    let parts = |run: &PathBuf| -> Vec<String> {
+        let whole = fs_err::canonicalize(run).unwrap_or_else(|_| run.clone());
+        whole.components().map(|c| c.as_os_str().to_string_lossy().into_owned()).collect()
+    };
+    let all: Vec<Vec<String>> = runs.iter().map(parts).collect();
+    let tail = |i: usize, n: usize| &all[i][all[i].len().saturating_sub(n)..];
+    let name = |i: usize| {
+        for n in 1..=all[i].len() {
+            if (0..all.len()).all(|j| j == i || tail(j, n) != tail(i, n)) {
+                return Ok(tail(i, n).join("/"));
+            }
+        }
+        let twin = (0..all.len()).find(|j| *j != i && all[*j] == all[i]).unwrap_or(i);
+        Err(usage!(
+            "`{}` and `{}` are one run\n  hint: name each run once; a run beside itself is no comparison",
+            runs[i.min(twin)].display(),
+            runs[i.max(twin)].display()
+        ))
+    };
+    (0..all.len()).map(name).collect()
+}
+
+/// What all runs of a report must share, from the first run that tells it.
+#[derive(Default)]
+struct Common {
+    /// Data set and classes, and the scenes where they are drawn.
+    data: Option<(String, String)>,
+    /// Size and number of the label maps of each split.
+    splits: BTreeMap<String, (String, String)>,
+}
+
+impl Common {
+    fn same_data(&mut self, run: &str, plan: &Plan, config: &FinalConfig) -> Result<()> {
+        let scenes = match &plan.data {
+            DataPlan::StreetScenes { seed, variety, .. } => format!(", scenes of seed {seed} and variety {variety}"),
+            DataPlan::Camvid { .. } => String::new(),
+        };
+        let found = format!("{}{scenes}, {} classes: {}", config.dataset, config.classes.len(), config.classes.join(", "));
+        let (first, expected) = self.data.get_or_insert_with(|| (run.to_string(), found.clone()));
+        same("data", (run, &found), (first, expected))
+    }
+
+    fn same_split(&mut self, run: &str, summary: &Summary) -> Result<()> {
+        let [h, w] = summary.label_hw;
+        let split = &summary.result.split;
+        let found = format!("{}, {} images scored at {h}x{w}", summary.dataset, summary.result.n_images);
+        let entry = self.splits.entry(split.clone());
+        let (first, expected) = entry.or_insert_with(|| (run.to_string(), found.clone()));
+        same(split, (run, &found), (first, expected))
+    }
+}
+
+fn same(what: &str, (run, found): (&str, &str), (first, expected): (&str, &str)) -> Result<()> {
+    // Within one run the plan saw to it.
+    if run == first || found == expected {
+        return Ok(());
+    }
+    Err(usage!(
+        "{what} of run {run} is {found}, but of run {first} {expected}\n  hint: numbers compare on the same images only; \
+         report these runs apart"
+    ))
+}
+
+fn add_run(report: &mut Report, common: &mut Common, run: &Path, name: &str) -> Result<()> {
+    let first = common.data.is_none();
     let plan = Plan::read(&run.join("plan.toml"))?;
     let stages: Vec<StageFiles> = finished_stages(run, &plan)?
         .into_iter()
@@ -90,18 +166,20 @@ fn add_run(report: &mut Report, run: &Path, prefix: &str, first: bool) -> Result
         );
         return Err(coded(UNAVAILABLE, why));
     };
-    let classes = &some.config.classes;
+    common.same_data(name, &plan, &some.config)?;
+    let of_run = if name.is_empty() { String::new() } else { format!("{name}: ") };
     if first {
         report.title = format!("segdistill: {}", plan.recipe);
-        report.class_names = classes.clone();
+        report.class_names = some.config.classes.clone();
         report.class_colors = some.config.palette.clone();
         report.void_color = Some([0, 0, 0]);
-        if !plan.description.is_empty() {
-            report.summary.push(capitalised(&plan.description) + ".");
-        }
-    } else if report.class_names != *classes {
-        anyhow::bail!("`{}` has other classes than the first run\n  hint: compare runs of one data set", run.display());
+        report.notes = notes(&plan);
     }
+    if !plan.description.is_empty() {
+        report.summary.push(format!("{of_run}{}.", capitalised(&plan.description)));
+    }
+    report.notes.push(format!("{of_run}Teacher weights: {}.", some.config.origin));
+    let n_timings = report.timings.len();
     for stage in &stages {
         for split in SPLITS {
             let path = stage.dir.join("eval").join(split.to_string()).join("summary.json");
@@ -109,8 +187,8 @@ fn add_run(report: &mut Report, run: &Path, prefix: &str, first: bool) -> Result
                 continue;
             }
             let summary = Summary::read(&path)?;
-            let mut row = summary.result.clone();
-            row.method = format!("{prefix}{}", row.method);
+            common.same_split(name, &summary)?;
+            let row = summary.result.clone().with_run(name);
             let of_class: Vec<PerClassRow> = per_class_rows(&row, &summary.class_names, &summary.scores)?;
             report.per_class.extend(of_class);
             report.rows.push(row);
@@ -123,14 +201,15 @@ fn add_run(report: &mut Report, run: &Path, prefix: &str, first: bool) -> Result
         if timings.is_file() {
             report.timings.extend(timings_from_frame(&read_csv(&timings)?)?);
         }
-        add_curves(report, &plan, stage, prefix)?;
+        add_curves(report, &plan, stage, name)?;
     }
     if first {
         report.gallery = gallery(&stages)?;
         report.environment.extend(environment(run)?);
         report.plan_toml = Some(plan.to_toml()?);
-        report.notes = notes(&plan, some);
     }
+    let of_this_run = &mut report.timings[n_timings..];
+    of_this_run.iter_mut().for_each(|row| row.run = name.to_string());
     Ok(())
 }
 
@@ -139,16 +218,16 @@ fn capitalised(text: &str) -> String {
     chars.next().map_or(String::new(), |c| c.to_uppercase().chain(chars).collect())
 }
 
-fn add_curves(report: &mut Report, plan: &Plan, stage: &StageFiles, prefix: &str) -> Result<()> {
+fn add_curves(report: &mut Report, plan: &Plan, stage: &StageFiles, run: &str) -> Result<()> {
     if !stage.dir.join("metrics.csv").is_file() {
         return Ok(());
     }
-    let label = format!("{prefix}{}", stage.label);
     let mut add = |columns: Vec<(String, Vec<f64>)>, panel: &dyn Fn(&str) -> Option<String>| {
         let Some((_, steps)) = columns.iter().find(|(name, _)| name == "step").cloned() else { return };
         for (name, y) in columns {
             if let Some(panel) = panel(&name) {
-                report.curves.push(Curve { label: label.clone(), x: steps.clone(), y, panel });
+                let (label, run) = (stage.label.clone(), run.to_string());
+                report.curves.push(Curve { label, x: steps.clone(), y, panel, run });
             }
         }
     };
@@ -228,12 +307,11 @@ fn environment(run: &Path) -> Result<Vec<(String, String)>> {
 }
 
 /// What a reader must know to read the numbers.
-fn notes(plan: &Plan, teacher: &StageFiles) -> Vec<String> {
+fn notes(plan: &Plan) -> Vec<String> {
     let mut notes = vec![
         format!("Predictions: {MODE}. Weights are chosen on val and reported once on test."),
         "Every student of one seed starts from the same weights and sees the same images in the same order."
             .to_string(),
-        format!("Teacher weights: {}.", teacher.config.origin),
         "MACs are multiply-accumulates of the convolutions, one image at the input size.".to_string(),
     ];
     if matches!(plan.data, DataPlan::Camvid { .. }) {

@@ -67,6 +67,14 @@ pub(crate) struct FinalModel {
 }
 
 impl RunFolder {
+    /// Takes the folder for one stage of `plan` beside those it holds already; returns the joined plan too.
+    pub(crate) fn join(path: &Path, plan: &Plan) -> Result<(RunFolder, Plan)> {
+        let lock = Self::lock(path)?;
+        let saved = path.join("plan.toml");
+        let joined = if saved.is_file() { plan.joined_to(&Plan::read(&saved)?)? } else { plan.clone() };
+        Ok((Self::with_plan(path, &joined, lock)?, joined))
+    }
+
     /// Takes the folder for this process and writes the plan. An earlier run without `resume` is moved aside, never
     /// overwritten; with `resume` the saved plan must be the same.
     pub(crate) fn take(path: &Path, plan: &Plan, resume: bool) -> Result<RunFolder> {
@@ -90,8 +98,16 @@ impl RunFolder {
                 lock = Self::lock(path)?;
             }
         }
-        write_atomic(&saved, toml.as_bytes())?;
-        write_atomic(&path.join("environment.json"), serde_json::to_string_pretty(&environment(plan))?.as_bytes())?;
+        Self::with_plan(path, plan, lock)
+    }
+
+    fn with_plan(path: &Path, plan: &Plan, lock: std::fs::File) -> Result<RunFolder> {
+        write_atomic(&path.join("plan.toml"), plan.to_toml()?.as_bytes())?;
+        let facts = path.join("environment.json");
+        if !facts.is_file() {
+            // A resumed run keeps the facts it was started with.
+            write_atomic(&facts, serde_json::to_string_pretty(&environment(plan))?.as_bytes())?;
+        }
         Ok(RunFolder { path: path.to_path_buf(), _lock: lock })
     }
 
@@ -169,6 +185,18 @@ fn differing_keys(saved: &str, now: &str) -> Vec<String> {
         .collect()
 }
 
+/// Versions of the libraries that decide numbers, from the lock file the program was built with.
+fn locked_versions() -> serde_json::Value {
+    const NAMES: [&str; 6] = ["candle-core", "gemm", "image", "polars", "rand_chacha", "safetensors"];
+    let lock = include_str!("../../Cargo.lock").parse::<toml::Table>().unwrap_or_default();
+    let packages = lock.get("package").and_then(toml::Value::as_array).into_iter().flatten();
+    let text = |p: &toml::Value, key: &str| p.get(key).and_then(toml::Value::as_str).map(str::to_string);
+    let known = packages.filter_map(|p| Some((text(p, "name")?, text(p, "version")?)));
+    let listed: Vec<String> =
+        known.filter(|(n, _)| NAMES.contains(&n.as_str())).map(|(n, v)| format!("{n} {v}")).collect();
+    serde_json::json!(listed.join(", "))
+}
+
 /// What the run ran on.
 fn environment(plan: &Plan) -> serde_json::Value {
     let first_line = |command: &str, args: &[&str]| {
@@ -186,7 +214,7 @@ fn environment(plan: &Plan) -> serde_json::Value {
         "segdistill": env!("CARGO_PKG_VERSION"),
         "git_commit": first_line("git", &["rev-parse", "HEAD"]),
         "rustc": first_line("rustc", &["--version"]),
-        "candle": "0.11.1",
+        "crates": locked_versions(),
         "os": std::env::consts::OS,
         "arch": std::env::consts::ARCH,
         "cpu": cpu,

@@ -125,6 +125,8 @@ fn later_commands(run: &Path) {
     let out =
         xtask(&["eval", "--predictions", &at("predicted"), "--labels", &at("predicted"), "--dataset", "street-scenes"]);
     assert_eq!(out.status.code(), Some(3), "an overlay is no label image: {}", text(&out.stderr));
+    let over = xtask(&["predict", "--model", &at("teacher"), "--out", &at("predicted"), &at("predicted")]);
+    assert_eq!(over.status.code(), Some(2), "a prediction is never written over its input: {}", text(&over.stderr));
     fs_err::remove_file(run.join("predicted").join(format!("{stem}_overlay.png"))).unwrap();
     let out = xtask(&[
         "eval",
@@ -156,11 +158,11 @@ fn wrong_teacher(run: &Path) {
     let setting = format!("teacher.weights={}", file.to_str().unwrap());
     let out = tiny(&run.join("wrong"), &["--set", &setting]);
     let message = text(&out.stderr);
-    assert_eq!(out.status.code(), Some(1), "{message}");
+    assert_eq!(out.status.code(), Some(2), "{message}");
     for part in [wrong.as_str(), "found [1, 2, 3]", gone.as_str(), "extra.weight", "3 tensors differ"] {
         assert!(message.contains(part), "`{part}` in:\n{message}");
     }
-    assert!(!run.join("wrong/ce").exists(), "nothing was trained");
+    assert!(!run.join("wrong").exists(), "nothing was written");
     let setting = format!("teacher.weights={}", run.join("teacher/final/model.safetensors").to_str().unwrap());
     good(&tiny(&run.join("given"), &["--set", &setting, "--methods", "csc+ce"]));
     assert!(!run.join("given/teacher/metrics.csv").exists(), "a given teacher is not trained");
@@ -192,7 +194,97 @@ fn an_interrupted_run_exits_130_and_goes_on() {
     let last = read(run.join("teacher/last"));
     assert!(run.join("teacher/checkpoints").join(&last).join("state.json").is_file(), "{last}");
 
-    // A folder in use is refused; one whose owner is gone is not.
-    let second = xtask(&["report", out]);
-    assert_eq!(second.status.code(), Some(4), "no finished stage to report yet");
+    // The rest of the run, in place, and the same run never stopped: the same results.
+    let whole = dir.path().join("whole");
+    let of = |out: &Path| {
+        let mut args: Vec<&str> = args.clone();
+        args[2] = out.to_str().unwrap();
+        args.push("--resume");
+        args.iter().map(ToString::to_string).collect::<Vec<_>>()
+    };
+    for place in [&run, &whole] {
+        good(&Command::new(env!("CARGO_BIN_EXE_xtask")).args(of(place)).output().unwrap());
+    }
+    assert_eq!(read(run.join("report/results.csv")), read(whole.join("report/results.csv")));
+}
+
+#[test]
+fn a_folder_in_use_is_refused_and_sigterm_exits_143() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = dir.path().join("run");
+    let (out, long) = (run.to_str().unwrap(), ["--set", "teacher.steps=4000"]);
+    let mut args =
+        vec!["train", "--stage", "teacher", "--out", out, "--set", "input.size=[32,48]", "--set", "input.crop=[32,48]"];
+    for set in TINY.iter().filter(|s| !s.starts_with("teacher.steps")) {
+        args.extend(["--set", set]);
+    }
+    args.extend(long);
+    let mut child =
+        Command::new(env!("CARGO_BIN_EXE_xtask")).args(&args).stderr(std::process::Stdio::null()).spawn().unwrap();
+    let metrics = run.join("teacher/metrics.csv");
+    let started = std::time::Instant::now();
+    while fs_err::read_to_string(&metrics).map_or(0, |t| t.lines().count()) < 3 {
+        assert!(started.elapsed().as_secs() < 120, "training starts");
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    let second = tiny(&run, &[]);
+    assert_eq!(second.status.code(), Some(1));
+    assert!(text(&second.stderr).contains("in use by another run (pid"), "{}", text(&second.stderr));
+    Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(143));
+    assert!(run.join("teacher/last").is_file());
+}
+
+#[test]
+fn stages_trained_alone_make_the_same_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let (whole, parts) = (dir.path().join("whole"), dir.path().join("parts"));
+    good(&tiny(&whole, &[]));
+    let train = |stage: &str, more: &[&str]| {
+        let mut args = vec!["train", "--stage", stage, "--out", parts.to_str().unwrap(), "--set", "input.size=[32,48]"];
+        args.extend(["--set", "input.crop=[32,48]", "--set", "expect.teacher_above_students=false"]);
+        for set in TINY {
+            args.extend(["--set", set]);
+        }
+        args.extend(more);
+        xtask(&args)
+    };
+    let early = train("csc+ce", &["--seeds", "1"]);
+    assert_eq!(early.status.code(), Some(2));
+    assert!(text(&early.stderr).contains("--stage teacher"), "{}", text(&early.stderr));
+    good(&train("teacher", &[]));
+    good(&train("csc+ce", &["--seeds", "1"]));
+    good(&train("ce", &["--seeds", "0"]));
+    let weights = |run: &Path, stage: &str| fs_err::read(run.join(stage).join("final/model.safetensors")).unwrap();
+    for stage in ["teacher", "csc+ce/seed-1", "ce/seed-0"] {
+        assert_eq!(weights(&whole, stage), weights(&parts, stage), "{stage}");
+    }
+    let again = train("ce", &["--seeds", "0"]);
+    assert_eq!(again.status.code(), Some(2), "a finished stage is not trained over");
+    good(&xtask(&["report", parts.to_str().unwrap()]));
+}
+
+#[test]
+fn what_cannot_run_is_refused_before_anything_is_written() {
+    let dir = tempfile::tempdir().unwrap();
+    for (set, expected) in [
+        ("train.batch_size=9", "4 training images for batches of 9"),
+        ("data.height=8", "8x48"),
+        ("data.val=0", "n_val = 0"),
+        ("input.scale=[0.01,1.0]", "scale"),
+        ("data.variety=2", "variety"),
+    ] {
+        let run = dir.path().join("run");
+        let out = tiny(&run, &["--set", set]);
+        assert_eq!(out.status.code(), Some(2), "{set}: {}", text(&out.stderr));
+        assert!(text(&out.stderr).contains(expected), "{set}: {}", text(&out.stderr));
+        assert!(!run.exists(), "{set} left a folder");
+    }
+    let run = dir.path().join("band");
+    let out = tiny(&run, &["--set", "expect.teacher_val_miou=0.99"]);
+    assert_eq!(out.status.code(), Some(5), "{}", text(&out.stderr));
+    assert!(run.join("report/index.html").is_file(), "the report stands");
+    let out = tiny(&dir.path().join("no-test"), &["--set", "data.test=0", "--methods", "ce"]);
+    good(&out);
+    assert!(text(&out.stdout).contains("test"), "an absent split is named: {}", text(&out.stdout));
 }

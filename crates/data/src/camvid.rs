@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::classes::ClassTable;
-use crate::codec::{read_image, read_labels};
+use crate::codec::{read_image, read_labels, size_text};
 use crate::error::{DataError, Result};
 use crate::manifest::Manifest;
 use crate::pairs::{Pair, read_list, split_files};
@@ -126,7 +126,14 @@ impl Dataset for CamVid {
 /// Reads one pair of files into a sample of checked sizes and ids.
 pub(crate) fn read_pair(manifest: &Manifest, image: &Path, label: &Path, name: &str) -> Result<Sample> {
     let picture = read_image(image)?;
-    let raw = read_labels(label)?;
+    let raw = read_labels(label).map_err(|error| match error {
+        // Two faults at once: the second is said too, so that mending the first does not just bring up the next.
+        DataError::LabelFormat { path, found, hint } if !found.ends_with(&size_text(picture.hw())) => {
+            let found = format!("{found}, with an image of {}", size_text(picture.hw()));
+            DataError::LabelFormat { path, found, hint }
+        }
+        other => other,
+    })?;
     if picture.hw() != raw.hw() {
         return Err(DataError::PairSize {
             image: image.display().to_string(),

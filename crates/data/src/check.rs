@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use crate::camvid::read_pair;
+use crate::codec::size_text;
 use crate::error::DataError;
 use crate::manifest::{Manifest, Source};
 use crate::pairs::read_list;
@@ -90,7 +91,7 @@ pub fn check(root: &Path, manifest: &Manifest, splits: &[Split]) -> CheckReport 
         (Source::Drawn, _) => splits.iter().map(|split| check_drawn(manifest, *split)).collect(),
         (Source::Files, Ok(dir)) => check_files(&dir, manifest, splits),
         (Source::Files, Err(error)) => {
-            let problems = vec![problem(&error, root)];
+            let problems = vec![problem(&error, &[root])];
             let absent = |split: &Split| SplitReport {
                 split: *split,
                 status: SplitStatus::Absent,
@@ -105,8 +106,8 @@ pub fn check(root: &Path, manifest: &Manifest, splits: &[Split]) -> CheckReport 
 
 fn check_files(dir: &Path, manifest: &Manifest, splits: &[Split]) -> Vec<SplitReport> {
     // Name -> where it was first seen, over every split there is: a sample in two splits spoils both.
-    let mut seen: BTreeMap<String, (Split, PathBuf, usize)> = BTreeMap::new();
-    let mut reports = BTreeMap::new();
+    let mut seen: BTreeMap<String, Place> = BTreeMap::new();
+    let mut reports: BTreeMap<Split, SplitReport> = BTreeMap::new();
     for split in manifest.splits.keys().copied() {
         let asked = splits.contains(&split);
         let mut report = SplitReport { split, status: SplitStatus::Present, n_images: 0, problems: Vec::new() };
@@ -117,13 +118,14 @@ fn check_files(dir: &Path, manifest: &Manifest, splits: &[Split]) -> Vec<SplitRe
                 continue;
             }
             Err(error) => {
-                report.problems.push(problem(&error, dir));
+                let list = manifest.splits[&split].files.as_ref().map_or(dir.into(), |files| dir.join(&files.list));
+                report.problems.push(problem(&error, &[&list]));
                 reports.insert(split, report);
                 continue;
             }
         };
         report.n_images = list.pairs.len() + list.problems.len();
-        report.problems.extend(list.problems.iter().map(|error| problem(error, dir)));
+        report.problems.extend(list.problems.iter().map(|error| problem(error, &[&list.path])));
         let expected = manifest.splits[&split].count;
         if report.n_images != expected {
             report.problems.push(Problem {
@@ -135,26 +137,25 @@ fn check_files(dir: &Path, manifest: &Manifest, splits: &[Split]) -> Vec<SplitRe
             });
         }
         for pair in &list.pairs {
-            if let Some((other, other_list, line)) = seen.get(&pair.name) {
-                report.problems.push(Problem {
-                    file: list.path.display().to_string(),
-                    place: format!("line {}", pair.line),
-                    found: format!("`{}`, which {other} has too (`{}`, line {line})", pair.name, other_list.display()),
-                    expected: "each sample in one split".into(),
-                    hint: "scores on samples that were learnt from mean nothing; remove it from one list".into(),
-                });
+            let here = (split, list.path.clone(), pair.line);
+            if let Some(there) = seen.get(&pair.name) {
+                report.problems.push(shared(&pair.name, &here, there));
+                // The earlier split is spoilt as much, and may be the only one asked for.
+                if let Some(earlier) = reports.get_mut(&there.0) {
+                    earlier.problems.push(shared(&pair.name, there, &here));
+                }
             }
-            seen.entry(pair.name.clone()).or_insert_with(|| (split, list.path.clone(), pair.line));
+            seen.entry(pair.name.clone()).or_insert(here);
             if !asked {
                 continue;
             }
             match read_pair(manifest, &pair.image, &pair.label, &pair.name) {
-                Err(error) => report.problems.push(problem(&error, dir)),
+                Err(error) => report.problems.push(problem(&error, &[&pair.image, &pair.label])),
                 Ok(sample) if sample.image.hw() != manifest.image_hw => report.problems.push(Problem {
                     file: pair.image.display().to_string(),
                     place: "whole picture".into(),
-                    found: size(sample.image.hw()),
-                    expected: size(manifest.image_hw),
+                    found: size_text(sample.image.hw()),
+                    expected: size_text(manifest.image_hw),
                     hint: "the published pictures have one size; was this copy resized?".into(),
                 }),
                 Ok(_) => {}
@@ -186,17 +187,29 @@ fn check_drawn(manifest: &Manifest, split: Split) -> SplitReport {
         })
     });
     if let Err(error) = drawn {
-        report.problems.push(problem(&error, Path::new(&manifest.id)));
+        report.problems.push(problem(&error, &[Path::new(&manifest.id)]));
     }
     report
 }
 
-fn size(hw: [usize; 2]) -> String {
-    format!("{}x{} (width x height)", hw[1], hw[0])
+/// Where a sample is listed: split, list file and line.
+type Place = (Split, PathBuf, usize);
+
+/// A sample listed `here` and `there`, as a problem of `here`.
+fn shared(name: &str, here: &Place, there: &Place) -> Problem {
+    let (other, list, line) = there;
+    Problem {
+        file: here.1.display().to_string(),
+        place: format!("line {}", here.2),
+        found: format!("`{name}`, which {other} has too (`{}`, line {line})", list.display()),
+        expected: "each sample in one split".into(),
+        hint: "scores on samples that were learnt from mean nothing; remove it from one list".into(),
+    }
 }
 
-/// An error as a problem; `root` stands for the file where the error names none.
-fn problem(error: &DataError, root: &Path) -> Problem {
+/// An error as a problem. `files` are those that were being read: the one that the error speaks of is named, the first
+/// when it says nothing of them.
+fn problem(error: &DataError, files: &[&Path]) -> Problem {
     let make = |file: String, place: &str, found: String, expected: String, hint: &str| Problem {
         file,
         place: place.into(),
@@ -221,8 +234,8 @@ fn problem(error: &DataError, root: &Path) -> Problem {
         DataError::PairSize { image, image_hw, label, label_hw } => make(
             label.clone(),
             "whole picture",
-            size(*label_hw),
-            format!("{}, as its image `{image}`", size(*image_hw)),
+            size_text(*label_hw),
+            format!("{}, as its image `{image}`", size_text(*image_hw)),
             "labels are never resized on reading; use the label file that belongs to the image",
         ),
         DataError::List { list, line, found, expected, hint } => {
@@ -231,6 +244,19 @@ fn problem(error: &DataError, root: &Path) -> Problem {
         DataError::Absent { root, why, hint, .. } => {
             make(root.display().to_string(), "whole folder", why.clone(), "the data set".into(), hint)
         }
-        other => make(root.display().to_string(), "whole", other.to_string(), "no error".into(), "see the message"),
+        other => {
+            let text = other.to_string();
+            let spoken_of = files.iter().find(|f| text.contains(&f.display().to_string())).or(files.first());
+            let file = spoken_of.map(|f| f.display().to_string()).unwrap_or_default();
+            let (what, hint) = text.split_once("\n  hint: ").unwrap_or((&text, "see the message"));
+            match other {
+                // The reason alone: the message around it names the file once more.
+                DataError::Io(_) => {
+                    let why = what.split_once(&format!("`{file}`: ")).map_or(what, |(_, why)| why).to_string();
+                    make(file, "whole file", why, "a file that can be read".into(), hint)
+                }
+                _ => make(file, "whole", what.to_string(), "no error".into(), hint),
+            }
+        }
     }
 }

@@ -67,7 +67,7 @@ pub fn read_labels(path: &Path) -> Result<LabelMap> {
     if !raw {
         return Err(DataError::LabelFormat {
             path: path.into(),
-            found: format!("{color:?} pixels of {bits} bits"),
+            found: format!("{color:?} pixels of {bits} bits, {}", size_text([height as usize, width as usize])),
             hint: "a picture of class colours is not a label file; save the ids, not their colours",
         });
     }
@@ -93,6 +93,11 @@ pub fn read_labels(path: &Path) -> Result<LabelMap> {
         (0..height * width).map(unpack).collect()
     };
     Ok(LabelMap { height, width, ids })
+}
+
+/// Height and width as they are written to people.
+pub(crate) fn size_text(hw: [usize; 2]) -> String {
+    format!("{}x{} (width x height)", hw[1], hw[0])
 }
 
 /// Writes a picture as an 8-bit RGB PNG.

@@ -27,7 +27,7 @@ pub enum DataError {
     LabelFormat {
         /// File.
         path: PathBuf,
-        /// Colour type and depth.
+        /// Colour type, depth and size.
         found: String,
         /// The way out.
         hint: &'static str,

@@ -36,7 +36,7 @@ pub(crate) fn split_files(manifest: &Manifest, split: Split) -> Result<&SplitFil
 
 /// Reads the list file of a split in the data set's folder `dir`.
 ///
-/// Blank lines are passed over. A line is a problem when it does not hold two paths that end in the manifest's folders,
+/// Blank lines are passed over, a file that is no text is refused whole. A line is a problem when it does not hold two paths that end in the manifest's folders,
 /// names an image or a label file again, or names a file that is not there.
 pub(crate) fn read_list(manifest: &Manifest, dir: &Path, split: Split) -> Result<List> {
     let files = split_files(manifest, split)?;
@@ -49,7 +49,16 @@ pub(crate) fn read_list(manifest: &Manifest, dir: &Path, split: Split) -> Result
             hint: manifest.obtain.clone(),
         });
     }
-    let text = fs_err::read_to_string(&path)?;
+    let text = String::from_utf8(fs_err::read(&path)?).map_err(|e| {
+        let good = &e.as_bytes()[..e.utf8_error().valid_up_to()];
+        DataError::List {
+            list: path.clone(),
+            line: good.iter().filter(|b| **b == b'\n').count() + 1,
+            found: "bytes that are not UTF-8".into(),
+            expected: "text, one pair of paths a line".into(),
+            hint: "is this the list file, and was it saved as plain text?",
+        }
+    })?;
     let mut list = List { path, pairs: Vec::new(), problems: Vec::new() };
     let mut seen: BTreeMap<PathBuf, usize> = BTreeMap::new();
     for (i, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {

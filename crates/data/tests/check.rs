@@ -92,7 +92,7 @@ fn each_damage_names_file_place_and_value() {
 }
 
 #[test]
-fn a_sample_in_train_and_val_is_a_problem_of_val() {
+fn a_sample_in_train_and_val_is_a_problem_of_both() {
     let dir = tempfile::tempdir().unwrap();
     fixture::write(dir.path());
     for folder in ["", "annot"] {
@@ -100,9 +100,54 @@ fn a_sample_in_train_and_val_is_a_problem_of_val() {
         fs_err::copy(name("train"), name("val")).unwrap();
     }
     fs_err::write(dir.path().join("val.txt"), "val/a1.png valannot/a1.png\nval/b1.png valannot/b1.png\n").unwrap();
-    // Also when only val is asked for.
-    let report = check(dir.path(), &manifest(), &[Split::Val]);
-    assert_one(&report.splits[0].problems, "val.txt", "line 1", "`a1`, which train has too", "one split");
+    // Also when only one of them is asked for, and of both when both are.
+    for splits in [&[Split::Val][..], &[Split::Train], &[Split::Train, Split::Val]] {
+        let report = check(dir.path(), &manifest(), splits);
+        assert!(!report.is_ok(), "{splits:?}");
+        for found in &report.splits {
+            let (list, line, other) = match found.split {
+                Split::Train => ("train.txt", "line 3", "`a1`, which val has too"),
+                _ => ("val.txt", "line 1", "`a1`, which train has too"),
+            };
+            assert_one(&found.problems, list, line, other, "one split");
+        }
+    }
+}
+
+#[test]
+fn a_list_that_cannot_be_read_is_named_with_the_reason() {
+    let latin1 = |root: &Path| {
+        let list = root.join("train.txt");
+        let mut bytes = fs_err::read(&list).unwrap();
+        bytes.extend(b"train/\xe4.png trainannot/\xe4.png\n");
+        fs_err::write(list, bytes).unwrap();
+    };
+    let problems = problems_after(latin1);
+    assert_one(&problems, "train.txt", "line 4", "bytes that are not UTF-8", "text");
+    assert_eq!(problems[0].to_string().matches("hint:").count(), 1);
+    // A file that may be opened and never read, by root neither.
+    #[cfg(target_os = "linux")]
+    {
+        let unreadable = |root: &Path| {
+            fs_err::remove_file(root.join("train.txt")).unwrap();
+            std::os::unix::fs::symlink("/proc/self/mem", root.join("train.txt")).unwrap();
+        };
+        let problems = problems_after(unreadable);
+        assert_one(&problems, "train.txt", "whole file", "os error 5", "a file that can be read");
+        assert!(!problems[0].found.contains("hint") && !problems[0].found.contains("train.txt"), "{problems:?}");
+        assert_eq!(problems[0].to_string().matches("hint:").count(), 1);
+    }
+}
+
+#[test]
+fn a_label_of_another_kind_and_size_is_told_both() {
+    let colours = RgbImage::filled(3, 4, [9; 3]);
+    let problems = problems_after(|root| write_png(&root.join("trainannot/a0.png"), &colours).unwrap());
+    let found = "Rgb pixels of 8 bits, 4x3 (width x height), with an image of 8x6 (width x height)";
+    assert_one(&problems, "trainannot/a0.png", "whole file", found, "8-bit single-channel");
+    // One of the right size has the one fault.
+    let problems = problems_after(|root| write_png(&root.join("trainannot/a0.png"), &fixture::image(0)).unwrap());
+    assert_eq!(problems[0].found, "Rgb pixels of 8 bits, 8x6 (width x height)");
 }
 
 #[test]

@@ -85,7 +85,7 @@ fn curve(label: &str, panel: &str, n: usize, step: f64, y: impl Fn(f64) -> f64, 
     let mut s = Stream::new(3, &format!("{label}{panel}"), &[]);
     let x: Vec<f64> = (1..=n).map(|i| i as f64 * step).collect();
     let y = x.iter().map(|x| y(*x) * (1.0 + noise * s.normal())).collect();
-    Curve { label: label.into(), x, y, panel: panel.into() }
+    Curve { label: label.into(), x, y, panel: panel.into(), run: String::new() }
 }
 
 fn main() -> Result<()> {
@@ -173,7 +173,7 @@ fn main() -> Result<()> {
             for (stage, share, n_steps) in [("train", 1.0, 1200), ("eval val", 0.02, 40)] {
                 let seconds = share * (seconds + 3.0 * seed as f64);
                 let (method, role, stage) = (method.into(), "student".into(), stage.into());
-                report.timings.push(TimingRow { method, role, seed, stage, seconds, n_steps });
+                report.timings.push(TimingRow { method, role, seed, stage, seconds, n_steps, run: String::new() });
             }
         }
     }

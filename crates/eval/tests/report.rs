@@ -18,6 +18,7 @@ fn row(method: &str, role: &str, split: &str, seed: u64, miou: f64) -> ResultRow
         n_images: 101,
         params: Some(22_437_000),
         macs: Some(2_260_000_000),
+        run: String::new(),
     }
 }
 
@@ -49,13 +50,14 @@ fn full() -> Report {
                 iou,
                 accuracy: iou,
                 n_pixels: 10,
+                run: r.run.clone(),
             });
         }
     }
     let x: Vec<f64> = (1..=200).map(f64::from).collect();
     for label in ["teacher", "ce seed 0", "ce seed 1", "csc+ce/seed-0", "something else"] {
         let y = x.iter().map(|x| 1.0 / x).collect();
-        report.curves.push(Curve { label: label.into(), x: x.clone(), y, panel: "loss: ce".into() });
+        report.curves.push(Curve { label: label.into(), x: x.clone(), y, panel: "loss: ce".into(), run: String::new() });
     }
     let picture = RgbBytes { h: 2, w: 2, rgb: vec![7; 12] };
     report.gallery = vec![GalleryRow {
@@ -71,6 +73,7 @@ fn full() -> Report {
             stage: "train".into(),
             seconds,
             n_steps: 100,
+            run: String::new(),
         });
     }
     report.plan_toml = Some("[optim]\nlr = 0.01 # <x>\n".into());

@@ -20,6 +20,7 @@ fn rows() -> Vec<ResultRow> {
         n_images: 101,
         params: Some(22_437_000),
         macs: Some(5_000_000_000_000),
+        run: String::new(),
     };
     let mut odd = row("a,\"b\"\nc", "stu dent", "val", u64::from(u32::MAX) + 7, f64::NAN);
     (odd.params, odd.macs, odd.encoder) = (None, None, String::new());
@@ -132,6 +133,7 @@ fn classes_timings_and_counts_survive_every_format() {
         stage: "train".into(),
         seconds: 12.25,
         n_steps: 80,
+        run: String::new(),
     }];
     for path in write_all(&per_class_frame(&classes).unwrap(), &folder.path().join("per_class")).unwrap() {
         assert_eq!(per_class_from_frame(&read_table(&path).unwrap()).unwrap(), classes);

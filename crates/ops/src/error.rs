@@ -16,6 +16,17 @@ pub struct ShapeDifference {
     pub expected: Vec<usize>,
 }
 
+/// One tensor whose element type holds no weights.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DTypeDifference {
+    /// Dotted tensor name.
+    pub name: String,
+    /// Type in the file or map.
+    pub found: candle_core::DType,
+    /// Types that are taken.
+    pub expected: &'static str,
+}
+
 /// Every difference between a set of tensors and the model that should take them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Mismatch {
@@ -25,23 +36,32 @@ pub struct Mismatch {
     pub unexpected: Vec<String>,
     /// Tensors of another shape, sorted by name.
     pub shapes: Vec<ShapeDifference>,
-    /// Tensors that hold NaN or infinity, sorted.
+    /// Tensors of a type that is no float, sorted by name.
+    pub dtypes: Vec<DTypeDifference>,
+    /// Tensors that hold NaN or infinity once they have the model's type, sorted.
     pub non_finite: Vec<String>,
 }
 
 impl Mismatch {
     /// Whether nothing differs.
     pub fn is_empty(&self) -> bool {
-        self.missing.is_empty() && self.unexpected.is_empty() && self.shapes.is_empty() && self.non_finite.is_empty()
+        self.n_tensors() == 0
+    }
+
+    fn n_tensors(&self) -> usize {
+        let named = [&self.missing, &self.unexpected, &self.non_finite].map(Vec::len).iter().sum::<usize>();
+        named + self.shapes.len() + self.dtypes.len()
     }
 }
 
 impl std::fmt::Display for Mismatch {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let total = self.missing.len() + self.unexpected.len() + self.shapes.len() + self.non_finite.len();
-        write!(f, "{total} tensors differ from the model")?;
+        write!(f, "{} tensors differ from the model", self.n_tensors())?;
         for d in &self.shapes {
             write!(f, "\n  shape       {}: found {:?}, expected {:?}", d.name, d.found, d.expected)?;
+        }
+        for d in &self.dtypes {
+            write!(f, "\n  type        {}: found {:?}, expected {}", d.name, d.found, d.expected)?;
         }
         for name in &self.missing {
             write!(f, "\n  missing     {name}")?;

@@ -238,6 +238,52 @@ mod tests {
         assert_eq!(dst, [0.0; 4]);
     }
 
+    /// Every element is written, whatever path the sizes take: row and column products have kernels of their own.
+    fn assert_nan_is_overwritten<T: Element>() {
+        for (m, k, n) in [
+            (1, 3, 1),
+            (1, 3, 5),
+            (5, 3, 1),
+            (1, 300, 1),
+            (1, 300, 700),
+            (700, 300, 1),
+            (4, 5, 6),
+            (65, 300, 129),
+            (3, 0, 4),
+            (1, 0, 9),
+            (9, 0, 1),
+        ] {
+            // Small integers: sums are exact in both types, in any order.
+            let integers = |n: usize, step: usize| (0..n).map(|i| T::from_f64((i * step % 7) as f64 - 3.0)).collect();
+            let (a, b): (Vec<T>, Vec<T>) = (integers(m * k, 3), integers(k * n, 5));
+            for turn in 0..8 {
+                let lhs = MatRef::row_major(&a, m, k);
+                let lhs = if turn & 1 == 1 { MatRef::row_major(&a, k, m).transposed() } else { lhs };
+                let rhs = MatRef::row_major(&b, k, n);
+                let rhs = if turn & 2 == 2 { MatRef::row_major(&b, n, k).transposed() } else { rhs };
+                let (row_stride, col_stride) = if turn & 4 == 4 { (1, m) } else { (n, 1) };
+                let mut data = vec![T::from_f64(f64::NAN); m * n];
+                gemm(MatMut { data: &mut data, rows: m, cols: n, row_stride, col_stride }, lhs, rhs, T::ZERO, T::ONE);
+                for i in 0..m {
+                    for j in 0..n {
+                        let at = |x: MatRef<'_, T>, r: usize, c: usize| {
+                            x.data[r * x.row_stride + c * x.col_stride].to_f64()
+                        };
+                        let expected: f64 = (0..k).map(|l| at(lhs, i, l) * at(rhs, l, j)).sum();
+                        let found = data[i * row_stride + j * col_stride].to_f64();
+                        assert_eq!(found, expected, "{m} {k} {n} turn {turn}, element ({i}, {j})");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn alpha_0_overwrites_nan_for_every_shape_and_type() {
+        assert_nan_is_overwritten::<f32>();
+        assert_nan_is_overwritten::<f64>();
+    }
+
     fn product(dst: (usize, usize, usize, usize, usize), lhs: (usize, usize, usize), rhs: (usize, usize, usize)) {
         let (mut d, a, b) = (vec![0f32; dst.0], vec![0f32; lhs.0], vec![0f32; rhs.0]);
         let target = MatMut { data: &mut d, rows: dst.1, cols: dst.2, row_stride: dst.3, col_stride: dst.4 };

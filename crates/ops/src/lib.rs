@@ -43,7 +43,7 @@ pub mod testing;
 pub use activation::{relu, relu6};
 pub use conv::{Conv2dConfig, conv2d};
 pub use dropout::dropout;
-pub use error::{Mismatch, OpsError, Result, ShapeDifference};
+pub use error::{DTypeDifference, Mismatch, OpsError, Result, ShapeDifference};
 pub use gemm::{Element, MatMut, MatRef, gemm};
 pub use mode::Mode;
 pub use norm::{BatchNormConfig, batch_norm};
@@ -54,25 +54,52 @@ pub use softmax::log_softmax;
 
 use candle_core::Tensor;
 
-/// Concatenates `[n, c_i, h, w]` maps along the channel axis.
+/// Concatenates maps along the channel axis: `out[n, c_0 + .. + c_{i-1} + k, y, x] = map_i[n, k, y, x]`.
 ///
 /// # Shapes
-/// Every map shares `n`, `h` and `w`; returns `[n, sum c_i, h, w]`.
+/// - `maps_nchw`: `[n, c_i, h, w]` each, one `n`, `h`, `w` and element type for all, any strides; one map may come
+///   more than once
+/// - returns `[n, sum c_i, h, w]`
+/// # Gradient
+/// Each map gets its channels of the gradient; one that was passed twice gets the sum of both. Maps that no variable
+/// stands behind get none.
 /// # Errors
-/// `Shape` when the maps disagree; `Config` when there is none.
+/// `Shape` when the maps disagree or are not of rank 4; `Config` when there is none, or when their types differ.
+/// # Source
+/// PyTorch `torch.cat(maps, dim=1)`. candle's own operation, with shapes told apart before.
+/// # Example
+/// ```
+/// use candle_core::{Device, Tensor};
+/// let (a, b) = (Tensor::new(&[[[[1f32, 2.0]]]], &Device::Cpu)?, Tensor::new(&[[[[3f32, 4.0]]]], &Device::Cpu)?);
+/// let joined = segdistill_ops::concat_channels(&[&a, &b])?;
+/// assert_eq!(joined.flatten_all()?.to_vec1::<f32>()?, [1.0, 2.0, 3.0, 4.0]);
+/// # Ok::<(), segdistill_ops::OpsError>(())
+/// ```
 pub fn concat_channels(maps_nchw: &[&Tensor]) -> Result<Tensor> {
     let Some(first) = maps_nchw.first() else {
         return Err(OpsError::config("concat_channels needs at least one map", "pass the maps to join"));
     };
-    let (n, _, h, w) = first.dims4()?;
+    let grid = |map: &Tensor| match *map.dims() {
+        [n, _, h, w] => Some([n, h, w]),
+        _ => None,
+    };
+    let expected = match grid(first) {
+        Some([n, h, w]) => format!("[{n}, _, {h}, {w}]"),
+        None => "[n, c, h, w]".to_string(),
+    };
     for (i, map) in maps_nchw.iter().enumerate() {
-        let dims = map.dims4()?;
-        if (dims.0, dims.2, dims.3) != (n, h, w) {
+        if grid(map).is_none() || grid(map) != grid(first) {
             return Err(OpsError::shape(
                 "concat_channels",
                 format!("map {i} is {:?}", map.dims()),
-                format!("[{n}, _, {h}, {w}]"),
+                expected,
                 "resize the maps to one grid first",
+            ));
+        }
+        if map.dtype() != first.dtype() {
+            return Err(OpsError::config(
+                format!("concat_channels: map {i} is {:?} beside {:?}", map.dtype(), first.dtype()),
+                "give every map one type",
             ));
         }
     }

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use candle_core::{DType, Device, Tensor, Var};
 
-use crate::error::{Mismatch, OpsError, Result, ShapeDifference};
+use crate::error::{DTypeDifference, Mismatch, OpsError, Result, ShapeDifference};
 use crate::rng::Stream;
 
 /// What a tensor of the store is for; decides decay, optimizer state and gradient.
@@ -109,10 +109,17 @@ impl ParamStore {
     }
 
     /// A store that hands out plain tensors of `tensors`; call [`ParamStore::finish`] once the model is built.
-    pub fn frozen(tensors: BTreeMap<String, Tensor>, dtype: DType, device: &Device) -> Self {
+    ///
+    /// The values are copied here: what later happens to the source, a store that is trained on, does not reach them.
+    ///
+    /// # Errors
+    /// `Candle` when a tensor cannot be copied.
+    pub fn frozen(tensors: BTreeMap<String, Tensor>, dtype: DType, device: &Device) -> Result<Self> {
+        let copied = |(name, tensor): (String, Tensor)| Ok((name, tensor.force_contiguous()?.detach()));
+        let tensors = tensors.into_iter().map(copied).collect::<Result<BTreeMap<_, _>>>()?;
         let frozen = Frozen { tensors, mismatch: Mismatch::default() };
         let inner = Inner { entries: BTreeMap::new(), frozen: Some(frozen) };
-        Self { inner: Arc::new(Mutex::new(inner)), seed: 0, dtype, device: device.clone() }
+        Ok(Self { inner: Arc::new(Mutex::new(inner)), seed: 0, dtype, device: device.clone() })
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -159,18 +166,30 @@ impl ParamStore {
 
     /// Replaces every value, or changes nothing.
     ///
+    /// `tensors` may share memory with this store, in part or whole: values are copied before the first is written.
+    ///
     /// # Errors
-    /// `Mismatch` with all differences at once (missing, unexpected, shape, not finite).
+    /// `Mismatch` with all differences at once (missing, unexpected, shape, type, not finite in the store's type);
+    /// `Config` for a frozen store.
     pub fn load(&self, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
         let named = self.named();
         let mut mismatch = Mismatch::default();
         let mut staged = Vec::with_capacity(named.len());
         for p in &named {
+            let Some(var) = &p.var else {
+                return Err(OpsError::config(
+                    "a frozen store takes its weights when it is built",
+                    "build the model anew from the other weights",
+                ));
+            };
             match tensors.get(&p.name) {
                 None => mismatch.missing.push(p.name.clone()),
-                Some(t) if t.dims() != p.tensor.dims() => mismatch.shapes.push(difference(&p.name, t, p.tensor.dims())),
-                Some(t) if !all_finite(t)? => mismatch.non_finite.push(p.name.clone()),
-                Some(t) => staged.push((p, t.to_dtype(self.dtype)?.to_device(&self.device)?)),
+                Some(t) => {
+                    if let Some(t) = self.fitting(&p.name, t, p.tensor.dims(), &mut mismatch)? {
+                        // A variable refuses memory that is its own.
+                        staged.push((var, t.force_contiguous()?));
+                    }
+                }
             }
         }
         let unknown = |name: &&String| named.binary_search_by(|p| p.name.as_str().cmp(name)).is_err();
@@ -178,18 +197,38 @@ impl ParamStore {
         if !mismatch.is_empty() {
             return Err(OpsError::Mismatch(Box::new(mismatch)));
         }
-        for (p, t) in staged {
-            match &p.var {
-                Some(var) => var.set(&t)?,
-                None => {
-                    return Err(OpsError::config(
-                        "a frozen store takes its weights when it is built",
-                        "build the model anew from the other weights",
-                    ));
-                }
-            }
+        // Shapes, types and devices agree and no memory is shared: none of these can be refused halfway.
+        for (var, t) in staged {
+            var.set(&t)?;
         }
         Ok(())
+    }
+
+    /// `tensor` in the store's type and place, or `None` with its difference noted in `mismatch`.
+    fn fitting(
+        &self,
+        name: &str,
+        tensor: &Tensor,
+        shape: &[usize],
+        mismatch: &mut Mismatch,
+    ) -> Result<Option<Tensor>> {
+        if tensor.dims() != shape {
+            let (found, expected) = (tensor.dims().to_vec(), shape.to_vec());
+            mismatch.shapes.push(ShapeDifference { name: name.to_string(), found, expected });
+            return Ok(None);
+        }
+        if !matches!(tensor.dtype(), DType::F16 | DType::BF16 | DType::F32 | DType::F64) {
+            let (found, expected) = (tensor.dtype(), "F16, BF16, F32 or F64");
+            mismatch.dtypes.push(DTypeDifference { name: name.to_string(), found, expected });
+            return Ok(None);
+        }
+        // After the conversion: what is finite in f64 may not be in f32.
+        let tensor = tensor.to_device(&self.device)?.to_dtype(self.dtype)?;
+        if !all_finite(&tensor)? {
+            mismatch.non_finite.push(name.to_string());
+            return Ok(None);
+        }
+        Ok(Some(tensor))
     }
 
     /// Ends the building of a frozen store: every tensor was there, none was left over.
@@ -203,23 +242,20 @@ impl ParamStore {
         mismatch.unexpected = frozen.tensors.keys().cloned().collect();
         mismatch.missing.sort();
         mismatch.shapes.sort_by(|a, b| a.name.cmp(&b.name));
+        mismatch.dtypes.sort_by(|a, b| a.name.cmp(&b.name));
         mismatch.non_finite.sort();
         if mismatch.is_empty() { Ok(()) } else { Err(OpsError::Mismatch(Box::new(mismatch))) }
     }
 }
 
-fn difference(name: &str, found: &Tensor, expected: &[usize]) -> ShapeDifference {
-    ShapeDifference { name: name.to_string(), found: found.dims().to_vec(), expected: expected.to_vec() }
-}
-
-/// Whether no element is NaN or infinite.
+/// Whether no element is NaN or infinite, in the tensor's own type.
 ///
 /// # Errors
 /// `Candle` when the tensor cannot be read.
 pub fn all_finite(tensor: &Tensor) -> Result<bool> {
     // One pass: NaN and infinity survive a sum of magnitudes times zero.
-    let probe = tensor.to_dtype(DType::F32)?.flatten_all()?.affine(0.0, 0.0)?.sum_all()?.to_scalar::<f32>()?;
-    Ok(probe == 0.0)
+    let probe = if tensor.dtype() == DType::F64 { tensor.clone() } else { tensor.to_dtype(DType::F32)? };
+    Ok(probe.affine(0.0, 0.0)?.sum_all()?.to_dtype(DType::F64)?.to_scalar::<f64>()? == 0.0)
 }
 
 /// Reads a `.safetensors` file whole.
@@ -251,8 +287,8 @@ impl Scope {
     /// The tensor `name` of this scope: new and seeded, or from the frozen set.
     ///
     /// # Errors
-    /// `Config` when the name is taken already. A frozen store notes what is missing or of another shape and reports
-    /// it in [`ParamStore::finish`].
+    /// `Config` when the name is taken already. A frozen store notes what is missing, of another shape or type, or not
+    /// finite, and reports it in [`ParamStore::finish`].
     pub fn get(&self, name: &str, shape: &[usize], kind: ParamKind, init: Init) -> Result<Tensor> {
         let name = self.full(name);
         let store = &self.store;
@@ -265,21 +301,17 @@ impl Scope {
         }
         let entry = match inner.frozen.as_mut() {
             Some(frozen) => {
-                let stand_in = || Tensor::zeros(shape, store.dtype, &store.device);
                 let tensor = match frozen.tensors.remove(&name) {
-                    Some(t) if t.dims() != shape => {
-                        frozen.mismatch.shapes.push(difference(&name, &t, shape));
-                        stand_in()?
-                    }
-                    Some(t) if !all_finite(&t)? => {
-                        frozen.mismatch.non_finite.push(name.clone());
-                        stand_in()?
-                    }
-                    Some(t) => t.to_dtype(store.dtype)?.to_device(&store.device)?.detach(),
+                    Some(t) => store.fitting(&name, &t, shape, &mut frozen.mismatch)?,
                     None => {
                         frozen.mismatch.missing.push(name.clone());
-                        stand_in()?
+                        None
                     }
+                };
+                let tensor = match tensor {
+                    Some(t) => t,
+                    // A stand-in, so that the model is built to its end and every difference found.
+                    None => Tensor::zeros(shape, store.dtype, &store.device)?,
                 };
                 Entry { kind, tensor, var: None }
             }

@@ -62,8 +62,14 @@ impl Stream {
     }
 
     /// Uniform integer in `low..=high`.
+    ///
+    /// # Panics
+    /// When `low > high`, or when the range is all of `i64`.
     pub fn between(&mut self, low: i64, high: i64) -> i64 {
-        low + self.below((high - low + 1) as u64) as i64
+        assert!(low <= high, "between({low}, {high}) has no value to draw");
+        // Two's complement: the distance of two i64 fits u64, and adding back wraps to the right place.
+        let n = (high.wrapping_sub(low) as u64).checked_add(1).expect("a range of fewer than 2^64 integers");
+        low.wrapping_add(self.below(n) as i64)
     }
 
     /// True with probability `p`.
@@ -137,6 +143,20 @@ mod tests {
             stream.skip_words(skip as u64);
             assert_eq!(stream.word(), words[first + skip], "{first} drawn, {skip} skipped");
         }
+    }
+
+    #[test]
+    fn wide_ranges_do_not_overflow() {
+        let mut s = Stream::new(3, "wide", &[]);
+        let draws: Vec<i64> = (0..100).map(|_| s.between(i64::MIN, i64::MAX - 1)).collect();
+        assert!(draws.iter().any(|&v| v < i64::MIN / 2) && draws.iter().any(|&v| v > i64::MAX / 2));
+        assert_eq!((s.between(i64::MAX, i64::MAX), s.between(-5, -5)), (i64::MAX, -5));
+    }
+
+    #[test]
+    #[should_panic(expected = "between(3, 2) has no value to draw")]
+    fn an_empty_range_is_refused() {
+        Stream::new(3, "empty", &[]).between(3, 2);
     }
 
     #[test]

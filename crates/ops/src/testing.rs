@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Tensor, Var};
 
-use crate::error::Result;
+use crate::error::{OpsError, Result};
 
 /// Panics unless `|found - expected| <= tolerance * max(1, |expected|)` for every element.
 ///
@@ -21,12 +21,34 @@ pub fn assert_close(found: &Tensor, expected: &Tensor, tolerance: f64, reason: &
     }
 }
 
-/// Relative distance `max |a - b| / max |b|`.
+/// Relative distance `max |found - expected| / max |expected|`, computed in f64 on the host.
+///
+/// # Shapes
+/// Both of one shape, any; of empty tensors the distance is 0. With `expected` all 0 the distance is 0 if `found` is,
+/// else at least `max |found| / 2.2e-308`.
+/// # Gradient
+/// None.
+/// # Errors
+/// `Shape` when the shapes differ; `Candle` when a tensor cannot be read. A NaN or infinity in either tensor is no
+/// error: the distance is infinite then, and no bound holds.
 pub fn relative_error(found: &Tensor, expected: &Tensor) -> Result<f64> {
-    let (found, expected) = (found.to_dtype(DType::F64)?, expected.to_dtype(DType::F64)?);
-    let distance = (found - &expected)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f64>()?;
-    let size = expected.abs()?.flatten_all()?.max(0)?.to_scalar::<f64>()?;
-    Ok(distance / size.max(f64::MIN_POSITIVE))
+    if found.dims() != expected.dims() {
+        return Err(OpsError::shape(
+            "relative_error",
+            format!("{:?}", found.dims()),
+            format!("{:?}", expected.dims()),
+            "compare tensors of one shape",
+        ));
+    }
+    // On the host: candle's maximum passes over NaN.
+    let values = |t: &Tensor| t.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>();
+    let (found, expected) = (values(found)?, values(expected)?);
+    if found.iter().chain(&expected).any(|v| !v.is_finite()) {
+        return Ok(f64::INFINITY);
+    }
+    let distance = found.iter().zip(&expected).fold(0.0, |most: f64, (f, e)| most.max((f - e).abs()));
+    let size = expected.iter().fold(f64::MIN_POSITIVE, |most, e| most.max(e.abs()));
+    Ok(distance / size)
 }
 
 /// A tensor of f64 values from a seeded stream, uniform in [-1, 1).
@@ -39,10 +61,23 @@ pub fn random_f64(seed: u64, name: &str, shape: &[usize]) -> Tensor {
 /// Checks the gradient of `sum(weight * f(inputs))` against central differences in f64, for every input.
 ///
 /// `weight` is a fixed random tensor of the output's shape, so that no gradient error can cancel in a plain sum.
-/// At most `max_probes` elements of each input are probed, spread over it.
+/// At most `max_probes` elements of each input are probed, spread over it, each moved by `1e-5` to either side.
 ///
+/// # Shapes
+/// `inputs` of any shapes, f64, on the CPU; `f` gives one f64 tensor of any shape.
+/// # Gradient
+/// None of its own.
+/// # Errors
+/// What `f` refuses; `Candle` when an input is not f64.
 /// # Panics
 /// When a gradient is absent or off by more than `tolerance * max(1, |expected|)`.
+/// # Example
+/// ```
+/// use segdistill_ops::testing::{check_gradient, random_f64};
+/// let x = random_f64(0, "x", &[2, 3]);
+/// check_gradient(&[x], |inputs| Ok(inputs[0].sqr()?), 6, 1e-8)?;
+/// # Ok::<(), segdistill_ops::OpsError>(())
+/// ```
 pub fn check_gradient(
     inputs: &[Tensor],
     f: impl Fn(&[Tensor]) -> Result<Tensor>,
@@ -79,4 +114,39 @@ pub fn check_gradient(
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn error(found: &[f64], expected: &[f64]) -> f64 {
+        let tensor = |values: &[f64]| Tensor::new(values, &Device::Cpu).unwrap();
+        relative_error(&tensor(found), &tensor(expected)).unwrap()
+    }
+
+    #[test]
+    fn the_relative_error_is_the_largest_distance_over_the_largest_size() {
+        assert_eq!(error(&[1.0, -3.0, 4.0], &[1.0, -4.0, 4.5]), 1.0 / 4.5);
+        assert_eq!(error(&[0.0, 0.0], &[0.0, 0.0]), 0.0);
+        assert!(error(&[0.0, 1e-9], &[0.0, 0.0]) > 1e200);
+        let narrow = Tensor::new(&[1f32, 2.0], &Device::Cpu).unwrap();
+        let wide = Tensor::new(&[1f64, 4.0], &Device::Cpu).unwrap();
+        assert_eq!(relative_error(&narrow, &wide).unwrap(), 0.5);
+        assert!(matches!(relative_error(&narrow, &wide.get(0).unwrap()), Err(OpsError::Shape { .. })));
+    }
+
+    #[test]
+    fn the_relative_error_sees_what_is_not_finite() {
+        // At the start, in the middle and at the end: a maximum that skips NaN sees it in one of them at most.
+        for place in 0..3 {
+            for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+                let mut values = [1.0, 2.0, 3.0];
+                values[place] = bad;
+                assert_eq!(error(&values, &[1.0, 2.0, 3.0]), f64::INFINITY, "{bad} found at {place}");
+                assert_eq!(error(&[1.0, 2.0, 3.0], &values), f64::INFINITY, "{bad} expected at {place}");
+                assert_eq!(error(&values, &values), f64::INFINITY, "{bad} in both");
+            }
+        }
+    }
 }

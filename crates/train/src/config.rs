@@ -178,6 +178,7 @@ impl Stage {
         check(i.scale[0] > 0.0 && i.scale[0] <= i.scale[1], scale, "use 0 < smallest <= largest")?;
         check((0.0..=1.0).contains(&i.flip), || format!("input.flip = {}", i.flip), "a probability")?;
         check((0.0..1.0).contains(&i.jitter), || format!("input.jitter = {}", i.jitter), "use 0 <= jitter < 1")?;
+        crate::stage::transform(self).check()?;
         check(!self.terms.is_empty(), || "objective has no term".into(), "add a term such as { loss = \"ce\" }")?;
         for (k, t) in self.terms.iter().enumerate() {
             let weight = || format!("weight of `{}` = {}", t.loss.name(), t.weight);

@@ -247,7 +247,8 @@ fn compare(path: &str, saved: &serde_json::Value, now: &serde_json::Value, out: 
     }
 }
 
-fn transform(stage: &Stage) -> TrainTransform {
+/// Augmentation of a stage.
+pub(crate) fn transform(stage: &Stage) -> TrainTransform {
     let i = &stage.input;
     TrainTransform {
         base_hw: Some(i.size),

@@ -6,12 +6,12 @@ use anyhow::{Context, Result};
 
 use segdistill_data::preview::read_labels;
 use segdistill_data::{LabelMap, Manifest, Split};
-use segdistill_eval::table::{ResultRow, confusion_frame, per_class_frame, per_class_rows, write_csv};
+use segdistill_eval::table::ResultRow;
 use segdistill_eval::{Confusion, Scores, Summary};
 
 use crate::cli::Eval;
 use crate::exit::{DATA, UNAVAILABLE, coded, usage};
-use crate::pipeline::evaluate_into;
+use crate::pipeline::{evaluate_into, write_evaluation};
 use crate::progress::Progress;
 use crate::recipe::{DataPlan, Plan};
 use crate::report_page;
@@ -38,7 +38,8 @@ pub(crate) fn run(args: &Eval) -> Result<()> {
 
 fn of_model(args: &Eval, model: &Path) -> Result<Summary> {
     let device = super::device(&args.device)?;
-    let split: Split = args.split.parse().map_err(|e| usage!("{e}"))?;
+    let split = args.split.as_deref().unwrap_or("val");
+    let split: Split = split.parse().map_err(|e| usage!("{e}"))?;
     let network = read_final(model, &device)?;
     let data = data_of(model, args.data_root.clone())?;
     let dataset = super::need_split(&data, split)?;
@@ -49,11 +50,10 @@ fn of_model(args: &Eval, model: &Path) -> Result<Summary> {
             dataset.id()
         ));
     }
-    let place = args.out.clone().unwrap_or_else(|| model.join("eval").join(split.to_string()));
-    let summary =
-        evaluate_into(&network, dataset.as_ref(), &device, &place, &format!("eval {split}"), &[], &|| Ok(()))?;
-    if args.out.is_some() {
-        let page = report_page::write_single(&summary, &place, &network.config.palette)?;
+    let place = args.out.as_deref();
+    let summary = evaluate_into(&network, dataset.as_ref(), &device, place, &format!("eval {split}"), &[], &|| Ok(()))?;
+    if let Some(out) = place {
+        let page = report_page::write_single(&summary, out, &network.config.palette)?;
         eprintln!("report: {}", page.display());
     }
     Ok(summary)
@@ -112,6 +112,23 @@ fn of_images(args: &Eval, predictions: &Path, labels: &Path, dataset: &str) -> R
             anyhow::anyhow!("`{}` holds no PNG\n  hint: --labels names a folder of label images", labels.display());
         return Err(coded(UNAVAILABLE, why));
     }
+    if !predictions.is_dir() {
+        let why = anyhow::anyhow!(
+            "`{}` is not a folder\n  hint: --predictions names a folder of label images",
+            predictions.display()
+        );
+        return Err(coded(UNAVAILABLE, why));
+    }
+    let name = |p: &Path| p.file_name().map(|n| n.to_os_string());
+    let labelled: std::collections::BTreeSet<_> = files.iter().map(|f| name(f)).collect();
+    if let Some(extra) = label_files(predictions)?.iter().find(|p| !labelled.contains(&name(p))) {
+        let why = anyhow::anyhow!(
+            "`{}` has no label image in `{}`\n  hint: one prediction a label image, under the same name",
+            extra.display(),
+            labels.display()
+        );
+        return Err(coded(DATA, why));
+    }
     let classes = &manifest.classes;
     let mut confusion = Confusion::new(classes.n_classes());
     let mut progress = Progress::new("scoring", files.len() as u64, "images");
@@ -156,15 +173,19 @@ fn of_images(args: &Eval, predictions: &Path, labels: &Path, dataset: &str) -> R
         label_hw,
         mode: "label images as given; void in a prediction counts as a miss".to_string(),
         class_names,
-        result: ResultRow::new("images", "predictions", "", &args.split, 0, &scores, files.len()),
+        result: ResultRow::new(
+            "images",
+            "predictions",
+            "",
+            args.split.as_deref().unwrap_or("images"),
+            0,
+            &scores,
+            files.len(),
+        ),
         scores,
     };
     if let Some(out) = &args.out {
-        fs_err::create_dir_all(out)?;
-        summary.write(&out.join("summary.json"))?;
-        let rows = per_class_rows(&summary.result, &summary.class_names, &summary.scores)?;
-        write_csv(&per_class_frame(&rows)?, &out.join("per_class.csv"))?;
-        write_csv(&confusion_frame(&confusion, &summary.class_names)?, &out.join("confusion.csv"))?;
+        write_evaluation(&summary, &confusion, out)?;
         let page = report_page::write_single(&summary, out, &palette)?;
         eprintln!("report: {}", page.display());
     }

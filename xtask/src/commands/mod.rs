@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::Result;
 use candle_core::Device;
 
-use segdistill_data::{CamVid, Dataset, Manifest, Split, StreetScenes, StreetScenesConfig};
+use segdistill_data::{CamVid, Dataset, DecodedCache, Manifest, Split, StreetScenes, StreetScenesConfig};
 
 use crate::exit::{UNAVAILABLE, coded, usage};
 use crate::recipe::DataPlan;
@@ -61,6 +61,9 @@ pub(crate) fn device(name: &str) -> Result<Device> {
 pub(crate) fn open_split(data: &DataPlan, split: Split) -> Result<Option<Arc<dyn Dataset>>> {
     match data {
         DataPlan::StreetScenes { height, width, train, val, test, seed, variety } => {
+            if split == Split::Test && *test == 0 {
+                return Ok(None);
+            }
             let cfg = StreetScenesConfig {
                 height: *height,
                 width: *width,
@@ -81,12 +84,61 @@ pub(crate) fn open_split(data: &DataPlan, split: Split) -> Result<Option<Arc<dyn
     }
 }
 
+/// Memory for decoded training samples: twice what CamVid's train split takes.
+const CACHE_BYTES: usize = 512 << 20;
+
 /// One split that must be there.
+///
+/// CamVid's train split, which training goes through many times, is decoded once and then kept in memory as far as
+/// [`CACHE_BYTES`] go; its samples are the same. Drawn scenes are cheaper made than kept, and the rest is read once.
 pub(crate) fn need_split(data: &DataPlan, split: Split) -> Result<Arc<dyn Dataset>> {
-    open_split(data, split)?.ok_or_else(|| {
+    let dataset = open_split(data, split)?.ok_or_else(|| {
         let why = anyhow::anyhow!(
             "split {split} is absent\n  hint: `cargo xtask data check` says what is there and how to obtain the rest"
         );
         coded(UNAVAILABLE, why)
+    })?;
+    Ok(match (data, split) {
+        (DataPlan::Camvid { .. }, Split::Train) => Arc::new(DecodedCache::new(dataset, None, CACHE_BYTES)),
+        _ => dataset,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use segdistill_data::preview::{write_label_png, write_png};
+    use segdistill_data::{LabelMap, RgbImage};
+
+    use super::*;
+
+    #[test]
+    fn camvid_train_is_read_once_and_stays_the_same() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path();
+        for split in ["train", "val"] {
+            let mut list = String::new();
+            for (name, value) in [("a", 3), ("b", 7)].map(|(n, v)| (format!("{split}-{n}.png"), v)) {
+                fs_err::create_dir_all(root.join(format!("{split}annot"))).unwrap();
+                fs_err::create_dir_all(root.join(split)).unwrap();
+                write_png(&root.join(split).join(&name), &RgbImage::filled(4, 6, [value; 3])).unwrap();
+                write_label_png(&root.join(format!("{split}annot")).join(&name), &LabelMap::filled(4, 6, value)).unwrap();
+                list += &format!("{split}/{name} {split}annot/{name}\n");
+            }
+            fs_err::write(root.join(format!("{split}.txt")), list).unwrap();
+        }
+        let plan = DataPlan::Camvid { root: root.to_path_buf() };
+        let plain = CamVid::open(root, Split::Train).unwrap();
+        let [train, val] = [Split::Train, Split::Val].map(|split| need_split(&plan, split).unwrap());
+        assert_eq!((train.len(), train.id(), train.split()), (2, "camvid", Split::Train));
+        assert_eq!(train.classes(), plain.classes());
+        let expected: Vec<_> = (0..2).map(|i| (plain.sample_name(i), plain.sample(i).unwrap())).collect();
+        let seen = |d: &dyn Dataset| (0..2).map(|i| (d.sample_name(i), d.sample(i).unwrap())).collect::<Vec<_>>();
+        assert_eq!(seen(train.as_ref()), expected);
+        val.sample(0).unwrap();
+        for folder in ["train", "trainannot", "val", "valannot"] {
+            fs_err::remove_dir_all(root.join(folder)).unwrap();
+        }
+        assert_eq!(seen(train.as_ref()), expected, "kept in memory");
+        assert!(train.sample(2).is_err() && val.sample(0).is_err() && plain.sample(0).is_err());
+    }
 }

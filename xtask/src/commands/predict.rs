@@ -51,41 +51,72 @@ fn images(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
     Ok(out)
 }
 
+/// One image and the files made of it.
+struct Job<'a> {
+    name: String,
+    image: &'a Path,
+    labels: PathBuf,
+    overlay: PathBuf,
+}
+
+/// What is written where; nothing may be written over an input or twice.
+fn jobs<'a>(files: &'a [PathBuf], out: &Path) -> Result<Vec<Job<'a>>> {
+    let full = |p: &Path| fs_err::canonicalize(p).unwrap_or_else(|_| p.to_path_buf());
+    let out_full = full(out);
+    let mut taken: BTreeMap<PathBuf, &Path> = files.iter().map(|f| (full(f), f.as_path())).collect();
+    let mut jobs = Vec::with_capacity(files.len());
+    for image in files {
+        let name = file_stem(&image.with_extension("").to_string_lossy());
+        let (labels, overlay) = (format!("{name}.png"), format!("{name}_overlay.png"));
+        for made in [&labels, &overlay] {
+            if let Some(other) = taken.insert(out_full.join(made), image) {
+                return Err(usage!(
+                    "`{made}` made of `{}` would be written over `{}` or what is made of it\n  hint: choose another --out folder, or predict into two",
+                    image.display(),
+                    other.display()
+                ));
+            }
+        }
+        jobs.push(Job { name, image, labels: out.join(labels), overlay: out.join(overlay) });
+    }
+    Ok(jobs)
+}
+
+/// Most bytes of logits that are held for one file.
+const MOST_LOGITS: usize = 2 << 30;
+
 /// Runs the command.
 pub(crate) fn run(args: &Predict) -> Result<()> {
     let device = super::device(&args.device)?;
     let files = images(&args.images)?;
-    let mut by_name: BTreeMap<String, &Path> = BTreeMap::new();
-    for file in &files {
-        let name = file_stem(&file.with_extension("").to_string_lossy());
-        if let Some(other) = by_name.insert(name.clone(), file) {
-            return Err(usage!(
-                "`{}` and `{}` would both be written as {name}.png\n  hint: predict them into two folders",
-                other.display(),
-                file.display()
-            ));
-        }
-    }
+    let jobs = jobs(&files, &args.out)?;
     let model = read_final(&args.model, &device)?;
     let classes = class_table(&model.config);
     fs_err::create_dir_all(&args.out)?;
-    let mut progress = Progress::new("predict", files.len() as u64, "images");
+    let mut progress = Progress::new("predict", jobs.len() as u64, "images");
     let mut logits_by_name = BTreeMap::new();
+    let mut held = 0;
     let mut written = Vec::new();
-    for (done, (name, file)) in by_name.iter().enumerate() {
-        let image = read_image(file).map_err(|e| coded(DATA, e))?;
+    for (done, job) in jobs.iter().enumerate() {
+        let image = read_image(job.image).map_err(|e| coded(DATA, e))?;
         let hw = [image.height, image.width];
         let logits = model.network.forward(&image_tensor(&[&image], model.config.input_size, &device)?)?.logits_nchw;
         let ids = predict_labels(&logits, hw)?.into_iter().next().unwrap_or_default();
         let labels = LabelMap { height: hw[0], width: hw[1], ids };
-        let (label_png, overlay_png) =
-            (args.out.join(format!("{name}.png")), args.out.join(format!("{name}_overlay.png")));
-        write_label_png(&label_png, &labels)?;
-        write_png(&overlay_png, &overlay(&image, &labels, &classes, 0.5)?)?;
+        write_label_png(&job.labels, &labels)?;
+        write_png(&job.overlay, &overlay(&image, &labels, &classes, 0.5)?)?;
         if args.save_logits.is_some() {
-            logits_by_name.insert(name.clone(), resize_bilinear(&logits, hw, false)?);
+            held += model.config.classes.len() * hw[0] * hw[1] * size_of::<f32>();
+            if held > MOST_LOGITS {
+                return Err(usage!(
+                    "the logits of {} images pass {} GiB\n  hint: predict fewer images into one --save-logits file",
+                    done + 1,
+                    MOST_LOGITS >> 30
+                ));
+            }
+            logits_by_name.insert(job.name.clone(), resize_bilinear(&logits, hw, false)?);
         }
-        written.push(serde_json::json!({ "image": file, "labels": label_png, "overlay": overlay_png }));
+        written.push(serde_json::json!({ "image": job.image, "labels": job.labels, "overlay": job.overlay }));
         progress.set(done as u64 + 1, String::new);
     }
     progress.finish();

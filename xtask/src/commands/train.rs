@@ -6,7 +6,7 @@ use crate::cli::Train;
 use crate::exit::usage;
 use crate::pipeline::{Interrupt, Pipeline};
 use crate::recipe::Plan;
-use crate::run_folder::{RunFolder, is_finished, read_config, read_final, stage_dir};
+use crate::run_folder::{RunFolder, is_finished, read_config, stage_dir};
 
 /// Runs the command.
 pub(crate) fn run(args: &Train) -> Result<()> {
@@ -20,35 +20,37 @@ pub(crate) fn run(args: &Train) -> Result<()> {
     }
     let out = super::reproduce::out_dir(&args.recipe, &plan);
     let teacher_dir = stage_dir(&out, &plan.teacher);
-    // A student that needs a teacher joins the run that trained it: the folder is kept whatever `--resume` says.
-    let joins = args.stage != "teacher" && is_finished(&teacher_dir);
-    if wanted.iter().any(|s| s.needs_teacher()) && !joins && plan.teacher_weights.is_none() {
+    let needs_teacher = wanted.iter().any(|s| s.needs_teacher());
+    if needs_teacher && !is_finished(&teacher_dir) && plan.teacher_weights.is_none() {
         return Err(usage!(
             "stage `{}` needs a teacher and `{}` holds none\n  hint: first `cargo xtask train --stage teacher`, or set teacher.weights",
             args.stage,
             out.display()
         ));
     }
-    let folder = RunFolder::take(&out, &plan, args.resume || joins)?;
-    let pipeline = Pipeline {
-        plan: &plan,
-        run: folder.path(),
-        device,
-        interrupt: Interrupt::listen()?,
-        resume: args.resume || joins,
-    };
-    let mut written = Vec::new();
-    if args.stage == "teacher" || wanted.iter().any(|s| s.needs_teacher()) {
-        pipeline.teacher()?;
-    }
-    if args.stage == "teacher" {
-        written.push(teacher_dir);
-    } else {
-        let teacher = if is_finished(&teacher_dir) { Some(read_final(&teacher_dir, &pipeline.device)?) } else { None };
-        for stage in wanted {
-            pipeline.student(stage, teacher.as_ref())?;
-            written.push(stage_dir(folder.path(), stage));
+    let stages: Vec<_> = if args.stage == "teacher" { vec![&plan.teacher] } else { wanted };
+    for dir in stages.iter().map(|s| stage_dir(&out, s)).filter(|_| !args.resume) {
+        if is_finished(&dir) || dir.join("metrics.csv").is_file() {
+            return Err(usage!(
+                "`{}` holds this stage already\n  hint: --resume goes on with it, another --out folder starts anew",
+                dir.display()
+            ));
         }
+    }
+    plan.preflight(&device)?;
+    let only =
+        Plan { students: plan.students.iter().filter(|s| s.method == args.stage).cloned().collect(), ..plan.clone() };
+    let (folder, joined) = RunFolder::join(&out, &only)?;
+    // Everything the folder holds already is kept: the stages to train were found new, or `--resume` was given.
+    let pipeline =
+        Pipeline { plan: &joined, run: folder.path(), device, interrupt: Interrupt::listen()?, resume: true };
+    let mut written = Vec::new();
+    let teacher = if args.stage == "teacher" || needs_teacher { Some(pipeline.teacher()?) } else { None };
+    for stage in stages {
+        if stage.method != "teacher" {
+            pipeline.student(stage, teacher.as_ref())?;
+        }
+        written.push(stage_dir(folder.path(), stage));
     }
     let configs = written.iter().map(|d| read_config(d)).collect::<Result<Vec<_>>>()?;
     if args.json {

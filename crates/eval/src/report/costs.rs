@@ -6,31 +6,32 @@ use crate::stats::MeanSd;
 
 use super::Report;
 use super::format::{duration, escape};
+use super::models::{in_run, model_name, shown_run};
 
 /// Time of each kind of stage over its seeds.
 pub(super) struct Cost {
+    pub(super) run: String,
     pub(super) role: String,
     pub(super) method: String,
     pub(super) stage: String,
     pub(super) seconds: MeanSd,
     pub(super) ms_per_step: Option<MeanSd>,
-    /// Time per step over that of the baseline's same stage.
+    /// Time per step over that of the same stage of the baseline of the same run.
     pub(super) relative: Option<f64>,
 }
 
 pub(super) fn cost_rows(report: &Report) -> Vec<Cost> {
     let mut costs: Vec<Cost> = Vec::new();
     for row in &report.timings {
-        if costs.iter().any(|c| (&c.role, &c.method, &c.stage) == (&row.role, &row.method, &row.stage)) {
+        let key = (&row.run, &row.role, &row.method, &row.stage);
+        if costs.iter().any(|c| (&c.run, &c.role, &c.method, &c.stage) == key) {
             continue;
         }
-        let same: Vec<_> = report
-            .timings
-            .iter()
-            .filter(|r| (&r.role, &r.method, &r.stage) == (&row.role, &row.method, &row.stage))
-            .collect();
+        let same: Vec<_> =
+            report.timings.iter().filter(|r| (&r.run, &r.role, &r.method, &r.stage) == key).collect();
         let per_step = MeanSd::of(same.iter().filter(|r| r.n_steps > 0).map(|r| 1e3 * r.seconds / r.n_steps as f64));
         costs.push(Cost {
+            run: row.run.clone(),
             role: row.role.clone(),
             method: row.method.clone(),
             stage: row.stage.clone(),
@@ -39,25 +40,21 @@ pub(super) fn cost_rows(report: &Report) -> Vec<Cost> {
             relative: None,
         });
     }
-    let base: Vec<(String, f64)> = costs
+    let base: Vec<(String, String, f64)> = costs
         .iter()
         .filter(|c| c.role != "teacher" && c.method == report.baseline)
-        .filter_map(|c| c.ms_per_step.map(|m| (c.stage.clone(), m.mean)))
+        .filter_map(|c| c.ms_per_step.map(|m| (c.run.clone(), c.stage.clone(), m.mean)))
         .collect();
     for cost in &mut costs {
-        let same = base.iter().find(|(stage, ms)| *stage == cost.stage && *ms > 0.0);
-        cost.relative = same.and_then(|(_, ms)| cost.ms_per_step.map(|m| m.mean / ms));
+        let same = base.iter().find(|(run, stage, ms)| *run == cost.run && *stage == cost.stage && *ms > 0.0);
+        cost.relative = same.and_then(|(_, _, ms)| cost.ms_per_step.map(|m| m.mean / ms));
     }
     costs
 }
 
-/// `Teacher` or `Student (CE)` for a row of timings.
-pub(super) fn cost_name(cost: &Cost) -> String {
-    match cost.role.as_str() {
-        "teacher" => "Teacher".to_string(),
-        "student" => format!("Student ({})", cost.method.to_uppercase()),
-        _ => cost.method.clone(),
-    }
+/// `Teacher` or `Student (CE)` for a row of timings, with the run in front where there are several.
+pub(super) fn cost_name(report: &Report, cost: &Cost) -> String {
+    in_run(shown_run(report, &cost.run), model_name(&cost.role, &cost.method))
 }
 
 /// Milliseconds a step, with the deviation over seeds.
@@ -83,7 +80,7 @@ pub(super) fn costs(report: &Report) -> String {
         let _ = writeln!(
             out,
             "<tr><th scope=\"row\">{}</th><td class=\"l\">{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td></tr>",
-            escape(&cost_name(cost)),
+            escape(&cost_name(report, cost)),
             escape(&cost.stage),
             duration(cost.seconds.mean),
             ms_text(cost.ms_per_step),

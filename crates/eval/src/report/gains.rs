@@ -5,7 +5,7 @@ use crate::table::ResultRow;
 
 use super::Report;
 use super::format::{join, percent, percent_mean_sd, plural, points};
-use super::models::{Model, absent, models, splits};
+use super::models::{Model, absent, models, shown_run, splits};
 
 /// What the numbers allow to say of a gain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,9 +32,11 @@ impl Verdict {
     }
 }
 
-/// One method against the baseline of the same role and encoder, on one split.
+/// One method against the baseline of the same run, role and encoder, on one split.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Gain {
+    /// Run of both; empty where there is only one.
+    pub run: String,
     /// Method.
     pub method: String,
     /// Encoder of both.
@@ -45,7 +47,7 @@ pub struct Gain {
     pub baseline: MeanSd,
     /// mIoU of the method.
     pub distilled: MeanSd,
-    /// mIoU of the teacher, if it was evaluated on this split.
+    /// mIoU of the teacher of the run, if it was evaluated on this split.
     pub teacher: Option<f64>,
     /// Mean of the method less mean of the baseline, a fraction.
     pub gain: f64,
@@ -59,14 +61,14 @@ pub struct Gain {
     pub verdict: Verdict,
 }
 
-/// Every method against the baseline, for each split on which both were evaluated.
+/// Every method against the baseline of its run, for each split on which both were evaluated.
 pub fn gains(report: &Report) -> Vec<Gain> {
     let models = models(report);
-    let teacher = models.iter().find(|m| m.role == "teacher");
     let mut gains = Vec::new();
     for model in models.iter().filter(|m| m.role != "teacher" && m.method != report.baseline) {
-        let same = |m: &&Model| m.role == model.role && m.encoder == model.encoder && m.method == report.baseline;
+        let same = |m: &&Model| m.is(&model.run, &model.role, &report.baseline, &model.encoder);
         let Some(baseline) = models.iter().find(same) else { continue };
+        let teacher = models.iter().find(|m| m.run == model.run && m.role == "teacher");
         for split in splits(report) {
             let (Some(b), Some(d)) = (baseline.on(&split), model.on(&split)) else { continue };
             let gain = d.miou.mean - b.miou.mean;
@@ -76,6 +78,7 @@ pub fn gains(report: &Report) -> Vec<Gain> {
             let teacher = teacher.and_then(|t| t.on(&split)).map(|t| t.miou.mean).filter(|t| t.is_finite());
             let pooled = pooled_sd(&[b.miou, d.miou]);
             gains.push(Gain {
+                run: model.run.clone(),
                 method: model.method.clone(),
                 encoder: model.encoder.clone(),
                 baseline: b.miou,
@@ -101,7 +104,7 @@ pub fn gains(report: &Report) -> Vec<Gain> {
 fn seeds_better(report: &Report, model: &Model, baseline: &Model, split: &str) -> [usize; 2] {
     let of = |m: &Model, seed: Option<u64>| -> Vec<&ResultRow> {
         let same = |r: &&ResultRow| {
-            r.method == m.method && r.role == m.role && r.encoder == m.encoder && r.split == split && r.miou.is_finite()
+            m.is(&r.run, &r.role, &r.method, &r.encoder) && r.split == split && r.miou.is_finite()
         };
         report.rows.iter().filter(same).filter(|r| seed.is_none_or(|s| r.seed == s)).collect()
     };
@@ -134,15 +137,21 @@ pub(super) fn headline(report: &Report) -> Option<Headline> {
     };
     let on_selection: Vec<&Gain> = all.iter().filter(|g| g.split == selection).collect();
     // The first of equal ones, so that the page does not depend on how a sort breaks ties.
-    let best = on_selection.iter().copied().reduce(|a, b| if b.gain > a.gain { b } else { a })?;
+    let best_of = |gains: &[&'_ Gain]| gains.iter().copied().reduce(|a, b| if b.gain > a.gain { b } else { a }).cloned();
+    let best = best_of(&on_selection)?;
+    let run = shown_run(report, &best.run);
+    let place = if run.is_empty() { selection.clone() } else { format!("{selection} in run {run}") };
     let size = points(best.gain).trim_start_matches(['+', '−']).to_string();
     let title = match best.verdict {
-        Verdict::Helped => format!("Distillation gained {size} points of mIoU on {selection}"),
+        Verdict::Helped => format!("Distillation gained {size} points of mIoU on {place}"),
         Verdict::WithinNoise => {
-            format!("Distillation gained {size} points of mIoU on {selection}, which is within the noise between seeds")
+            format!("Distillation gained {size} points of mIoU on {place}, which is within the noise between seeds")
         }
         Verdict::NoiseUnknown => {
-            format!("Distillation gained {size} points of mIoU on {selection}; with one seed the noise is unknown")
+            format!("Distillation gained {size} points of mIoU on {place}; with one seed the noise is unknown")
+        }
+        Verdict::DidNotHelp if !run.is_empty() => {
+            format!("Distillation helped in no run: at best {} points of mIoU on {place}", points(best.gain))
         }
         Verdict::DidNotHelp => {
             format!("Distillation did not help in this run: {} points of mIoU on {selection}", points(best.gain))
@@ -150,18 +159,28 @@ pub(super) fn headline(report: &Report) -> Option<Headline> {
     };
     let mut sentences = Vec::new();
     if on_selection.len() > 1 {
+        let noun = if run.is_empty() { "distilling method" } else { "distilled model" };
         sentences.push(format!(
             "{} is the best of {} compared on {selection}.",
-            best.method.to_uppercase(),
-            plural(on_selection.len(), "distilling method")
+            method_name(report, &best),
+            plural(on_selection.len(), noun)
         ));
     }
-    sentences.push(sentence(report, best));
+    sentences.push(sentence(report, &best));
     for gain in &all {
         // The training images say nothing about new ones, so they stand in the tables only.
-        let same = gain.method == best.method && gain.encoder == best.encoder;
+        let same = (&gain.run, &gain.method, &gain.encoder) == (&best.run, &best.method, &best.encoder);
         if same && gain.split != selection && gain.split != "train" {
             sentences.push(sentence(report, gain));
+        }
+    }
+    // What the best run gained says nothing about the others, so each has its sentence.
+    let mut told = vec![&best.run];
+    for gain in &on_selection {
+        if !told.contains(&&gain.run) {
+            told.push(&gain.run);
+            let of_run: Vec<&Gain> = on_selection.iter().copied().filter(|g| g.run == gain.run).collect();
+            sentences.extend(best_of(&of_run).map(|best| sentence(report, &best)));
         }
     }
     if absent(report).iter().any(|s| s == "test") {
@@ -171,6 +190,14 @@ pub(super) fn headline(report: &Report) -> Option<Headline> {
         ));
     }
     Some(Headline { title, sentences, verdict: Some(best.verdict) })
+}
+
+/// `CSC+CE`, or `CSC+CE of run a` where there are several.
+fn method_name(report: &Report, gain: &Gain) -> String {
+    match shown_run(report, &gain.run) {
+        "" => gain.method.to_uppercase(),
+        run => format!("{} of run {run}", gain.method.to_uppercase()),
+    }
 }
 
 fn sentence(report: &Report, gain: &Gain) -> String {
@@ -183,7 +210,7 @@ fn sentence(report: &Report, gain: &Gain) -> String {
     let mut text = format!(
         "On {}{role} {} reaches {} % mIoU and {} alone {} % ({seeds}): {} points",
         gain.split,
-        gain.method.to_uppercase(),
+        method_name(report, gain),
         percent_mean_sd(gain.distilled),
         report.baseline.to_uppercase(),
         percent_mean_sd(gain.baseline),

@@ -6,7 +6,7 @@ use super::Report;
 use super::costs::{cost_name, cost_rows, ms_text};
 use super::format::{count, duration, join, percent, percent_mean_sd, points};
 use super::gains::{gains, headline};
-use super::models::{Model, absent, models, splits};
+use super::models::{Model, absent, in_run, models, shown_run, splits};
 use super::sections::{class_iou, classes, derived_facts, present_text};
 
 /// Text that neither ends a table cell nor starts markup.
@@ -139,7 +139,7 @@ fn gained(out: &mut String, report: &Report) {
         .iter()
         .map(|gain| {
             vec![
-                cell(&gain.method.to_uppercase()),
+                cell(&in_run(shown_run(report, &gain.run), gain.method.to_uppercase())),
                 cell(&gain.split),
                 percent_mean_sd(gain.baseline),
                 percent_mean_sd(gain.distilled),
@@ -188,7 +188,7 @@ fn costs(out: &mut String, report: &Report) {
         .iter()
         .map(|cost| {
             vec![
-                cell(&cost_name(cost)),
+                cell(&cost_name(report, cost)),
                 cell(&cost.stage),
                 duration(cost.seconds.mean),
                 ms_text(cost.ms_per_step),

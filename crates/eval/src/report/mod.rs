@@ -22,7 +22,8 @@ use crate::table::{PerClassRow, ResultRow, TimingRow};
 /// One line of one chart.
 ///
 /// Curves that share `panel` are drawn in one chart, whose title and vertical axis it names. A label that is a method of
-/// the rows, or starts with one and a space or slash (`csc+ce/seed-1`), takes that model's colour; so does `teacher`.
+/// the rows of its run, or starts with one and a space or slash (`csc+ce/seed-1`), takes that model's colour; so does
+/// `teacher`.
 /// Panels with `IoU` or `accuracy` in their name hold fractions and are drawn in percent.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Curve {
@@ -34,6 +35,8 @@ pub struct Curve {
     pub y: Vec<f64>,
     /// What is drawn, as `loss: csc` or `val mIoU`.
     pub panel: String,
+    /// Run the curve belongs to, as in the rows; empty where there is only one.
+    pub run: String,
 }
 
 /// One image and everything made of it, in one row of pictures.
@@ -61,13 +64,13 @@ pub struct Report {
     pub title: String,
     /// Sentences below the headline.
     pub summary: Vec<String>,
-    /// Results, one row for each model, split and seed.
+    /// Results, one row for each run, model, split and seed. Where they name several runs, so does every label.
     pub rows: Vec<ResultRow>,
     /// Splits a reader expects, in order; one without rows is said to be absent. Other splits of the rows follow them.
     pub splits: Vec<String>,
     /// Split on which checkpoints were selected.
     pub selection_split: String,
-    /// Method that gains are measured against.
+    /// Method that gains are measured against, within each run.
     pub baseline: String,
     /// Class names by index.
     pub class_names: Vec<String>,

@@ -2,13 +2,16 @@
 
 use crate::table::{SummaryRow, summarize};
 
-use super::Report;
+use super::{Curve, Report};
 
 /// Colours of the style sheet; further models repeat them with another dash.
 pub(super) const N_COLORS: usize = 10;
 
 /// One model over all splits and seeds.
 pub(super) struct Model {
+    pub(super) run: String,
+    /// The run where its name should show, which is when the report holds several; empty otherwise.
+    pub(super) shown_run: String,
     pub(super) method: String,
     pub(super) role: String,
     pub(super) encoder: String,
@@ -21,13 +24,15 @@ pub(super) struct Model {
 }
 
 impl Model {
-    /// `Teacher`, `Student (CSC+CE)`, or the method itself for a role of the caller's.
+    /// As [`model_name`], with the run in front where the report holds several.
     pub(super) fn name(&self) -> String {
-        match self.role.as_str() {
-            "teacher" => "Teacher".to_string(),
-            "student" => format!("Student ({})", self.method.to_uppercase()),
-            _ => self.method.clone(),
-        }
+        in_run(&self.shown_run, model_name(&self.role, &self.method))
+    }
+
+    /// Whether this is the model of a row with these names.
+    pub(super) fn is(&self, run: &str, role: &str, method: &str, encoder: &str) -> bool {
+        (self.run.as_str(), self.role.as_str(), self.method.as_str(), self.encoder.as_str())
+            == (run, role, method, encoder)
     }
 
     pub(super) fn on(&self, split: &str) -> Option<&SummaryRow> {
@@ -43,6 +48,28 @@ impl Model {
     }
 }
 
+/// `Teacher`, `Student (CSC+CE)`, or the method itself for a role of the caller's.
+pub(super) fn model_name(role: &str, method: &str) -> String {
+    match role {
+        "teacher" => "Teacher".to_string(),
+        "student" => format!("Student ({})", method.to_uppercase()),
+        _ => method.to_string(),
+    }
+}
+
+/// `run: name`, or the name alone where the run is empty.
+pub(super) fn in_run(run: &str, name: String) -> String {
+    if run.is_empty() { name } else { format!("{run}: {name}") }
+}
+
+/// The name of a run as the page shows it: empty where all there is belongs to one run.
+pub(super) fn shown_run<'a>(report: &Report, run: &'a str) -> &'a str {
+    let rows = report.rows.iter().map(|r| &r.run);
+    let mut runs = rows.chain(report.timings.iter().map(|r| &r.run)).chain(report.curves.iter().map(|c| &c.run));
+    let first = runs.next();
+    if runs.any(|r| Some(r) != first) { run } else { "" }
+}
+
 /// All models: teachers, then the baseline, then the others, each in the order of the rows.
 pub(super) fn models(report: &Report) -> Vec<Model> {
     let mut models: Vec<Model> = Vec::new();
@@ -50,6 +77,8 @@ pub(super) fn models(report: &Report) -> Vec<Model> {
         match models.iter_mut().find(|m| m.splits[0].same_model(&row)) {
             Some(model) => model.splits.push(row),
             None => models.push(Model {
+                run: row.run.clone(),
+                shown_run: shown_run(report, &row.run).to_string(),
                 method: row.method.clone(),
                 role: row.role.clone(),
                 encoder: row.encoder.clone(),
@@ -83,13 +112,14 @@ pub(super) fn absent(report: &Report) -> Vec<String> {
     report.splits.iter().filter(|s| report.rows.iter().all(|r| r.split != **s)).cloned().collect()
 }
 
-/// The model that a curve's label names.
-pub(super) fn model_of<'a>(label: &str, models: &'a [Model]) -> Option<&'a Model> {
+/// The model of its run that a curve's label names.
+pub(super) fn model_of<'a>(curve: &Curve, models: &'a [Model]) -> Option<&'a Model> {
     let names = |word: &str| {
-        label.strip_prefix(word).is_some_and(|rest| rest.is_empty() || rest.starts_with([' ', '/', ',', '(', ':']))
+        curve.label.strip_prefix(word).is_some_and(|rest| rest.is_empty() || rest.starts_with([' ', '/', ',', '(', ':']))
     };
     if names("teacher") {
-        return models.iter().find(|m| m.role == "teacher");
+        return models.iter().find(|m| m.run == curve.run && m.role == "teacher");
     }
-    models.iter().filter(|m| m.role != "teacher" && names(&m.method)).max_by_key(|m| m.method.len())
+    let of_run = models.iter().filter(|m| m.run == curve.run);
+    of_run.filter(|m| m.role != "teacher" && names(&m.method)).max_by_key(|m| m.method.len())
 }

@@ -8,7 +8,7 @@ use crate::table::SummaryRow;
 use super::chart::{Bar, BarGroup, Line, grouped_bars, line_chart, line_key};
 use super::format::{count, escape, join, percent, percent_mean_sd, plural, points};
 use super::gains::{Verdict, gains};
-use super::models::{Model, N_COLORS, absent, model_of, splits};
+use super::models::{Model, N_COLORS, absent, in_run, model_of, shown_run, splits};
 use super::{Curve, Report};
 
 fn named(model: &Model) -> String {
@@ -156,7 +156,7 @@ pub(super) fn gains_table(report: &Report) -> String {
             out,
             "<tr><th scope=\"row\">{}{encoder}</th><td class=\"l\">{}</td><td>{}</td><td>{}</td><td class=\"best\">{}</td>\
              <td>{}</td><td>{} of {}</td><td>{}</td><td class=\"l {tone}\">{}</td></tr>",
-            escape(&gain.method.to_uppercase()),
+            escape(&in_run(shown_run(report, &gain.run), gain.method.to_uppercase())),
             escape(&gain.split),
             percent_mean_sd(gain.baseline),
             percent_mean_sd(gain.distilled),
@@ -237,9 +237,7 @@ pub(super) fn classes(report: &Report) -> Vec<(usize, String)> {
 /// IoU of one class over the seeds of one model.
 pub(super) fn class_iou(report: &Report, model: &Model, split: &str, class_idx: usize) -> MeanSd {
     let rows = report.per_class.iter().filter(|r| {
-        r.class_idx == class_idx
-            && r.split == split
-            && (&r.method, &r.role, &r.encoder) == (&model.method, &model.role, &model.encoder)
+        r.class_idx == class_idx && r.split == split && model.is(&r.run, &r.role, &r.method, &r.encoder)
     });
     MeanSd::of(rows.filter_map(|r| r.iou))
 }
@@ -298,15 +296,16 @@ pub(super) fn curves(report: &Report, models: &[Model]) -> String {
     }
     // Labels that name no model get the colours after the models'.
     let first_free = models.iter().map(|m| m.color + 1).max().unwrap_or(1);
-    let mut others: Vec<&str> = Vec::new();
+    let name = |curve: &Curve| in_run(shown_run(report, &curve.run), curve.label.clone());
+    let mut others: Vec<String> = Vec::new();
     for curve in &report.curves {
-        if model_of(&curve.label, models).is_none() && !others.contains(&curve.label.as_str()) {
-            others.push(&curve.label);
+        if model_of(curve, models).is_none() && !others.contains(&name(curve)) {
+            others.push(name(curve));
         }
     }
-    let key = |label: &str| match model_of(label, models) {
+    let key = |curve: &Curve| match model_of(curve, models) {
         Some(model) => (model.color, model.name()),
-        None => (first_free + others.iter().position(|o| *o == label).unwrap_or(0), label.to_string()),
+        None => (first_free + others.iter().position(|o| *o == name(curve)).unwrap_or(0), name(curve)),
     };
     let mut out = String::from("<section>\n<h2>Learning curves</h2>\n<div class=\"charts curves\">\n");
     let mut any_smoothed = false;
@@ -317,8 +316,8 @@ pub(super) fn curves(report: &Report, models: &[Model]) -> String {
         let lines: Vec<Line> = curves
             .iter()
             .map(|c| Line {
-                color: key(&c.label).0,
-                name: c.label.clone(),
+                color: key(c).0,
+                name: name(c),
                 x: c.x.clone(),
                 y: c.y.iter().map(|y| y * scale).collect(),
             })
@@ -326,7 +325,7 @@ pub(super) fn curves(report: &Report, models: &[Model]) -> String {
         any_smoothed |= curves.iter().any(|c| c.x.len() > 40);
         let mut names: Vec<(usize, String, usize)> = Vec::new();
         for curve in curves {
-            let (color, name) = key(&curve.label);
+            let (color, name) = key(curve);
             match names.iter_mut().find(|n| n.0 == color && n.1 == name) {
                 Some(entry) => entry.2 += 1,
                 None => names.push((color, name, 1)),

@@ -13,7 +13,7 @@ use polars::prelude::{
 use crate::error::{EvalError, Result};
 
 /// Columns that hold text even where every value looks like a number.
-const TEXT_COLUMNS: [&str; 7] = ["method", "role", "encoder", "split", "class", "stage", "ground_truth"];
+const TEXT_COLUMNS: [&str; 8] = ["method", "role", "encoder", "split", "class", "stage", "ground_truth", "run"];
 
 /// Writes a file whole or not at all: to a fresh file in the same folder, synced, then renamed over `path`.
 ///
@@ -84,7 +84,7 @@ pub fn write_all(frame: &DataFrame, stem: &Path) -> Result<[PathBuf; 3]> {
 }
 
 /// Reads a CSV file with a header, as `metrics.csv`; column types are inferred from the whole file, columns of names
-/// (method, role, encoder, split, class, stage) are always text.
+/// (method, role, encoder, split, class, stage, run) are always text.
 ///
 /// # Errors
 /// `Io` when the file cannot be read, `Table` naming it when it is no CSV.

@@ -39,6 +39,9 @@ pub struct ResultRow {
     pub params: Option<u64>,
     /// Multiply-accumulates of one image; `None` for predictions of unknown origin.
     pub macs: Option<u64>,
+    /// Name of the run among those compared; empty where there is only one.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub run: String,
 }
 
 impl ResultRow {
@@ -66,12 +69,19 @@ impl ResultRow {
             n_images,
             params: None,
             macs: None,
+            run: String::new(),
         }
     }
 
     /// The same row with the model's size.
     pub fn with_size(mut self, params: u64, macs: u64) -> Self {
         (self.params, self.macs) = (Some(params), Some(macs));
+        self
+    }
+
+    /// The same row as one of the run of this name.
+    pub fn with_run(mut self, run: &str) -> Self {
+        self.run = run.to_string();
         self
     }
 }
@@ -99,6 +109,9 @@ pub struct PerClassRow {
     pub accuracy: Option<f64>,
     /// Ground-truth pixels of the class.
     pub n_pixels: u64,
+    /// As [`ResultRow::run`].
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub run: String,
 }
 
 /// Time of one stage: a row of `timings.csv`, kept apart from results because no two runs agree on it.
@@ -116,6 +129,9 @@ pub struct TimingRow {
     pub seconds: f64,
     /// Optimizer steps, or images evaluated, within that time.
     pub n_steps: u64,
+    /// As [`ResultRow::run`].
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub run: String,
 }
 
 /// The rows of every class of one result.
@@ -136,6 +152,7 @@ pub fn per_class_rows(row: &ResultRow, class_names: &[String], scores: &Scores) 
             iou: scores.iou[i],
             accuracy: scores.class_accuracy[i],
             n_pixels: scores.class_pixels[i],
+            run: row.run.clone(),
         })
         .collect())
 }
@@ -169,10 +186,20 @@ pub(crate) fn numbers<R>(rows: &[R], name: &str, value: impl Fn(&R) -> Option<f6
     Series::new(name.into(), rows.iter().map(finite).collect::<Vec<Option<f64>>>()).into()
 }
 
+/// A frame of the columns, with the runs as the last one where any row names its run: a single run has no such column.
+pub(crate) fn frame<R>(rows: &[R], mut columns: Vec<Column>, run: impl Fn(&R) -> &str) -> Result<DataFrame> {
+    if rows.iter().any(|r| !run(r).is_empty()) {
+        columns.push(texts(rows, RUN, run));
+    }
+    Ok(DataFrame::new_infer_height(columns)?)
+}
+
+const RUN: &str = "run";
+
 /// The frame of `results.csv`: method, role, encoder, split, seed, miou, pixel_accuracy, mean_accuracy, fw_iou,
-/// n_classes_present, n_images, params, macs.
+/// n_classes_present, n_images, params, macs, and run where a row names one.
 pub fn results_frame(rows: &[ResultRow]) -> Result<DataFrame> {
-    Ok(DataFrame::new_infer_height(vec![
+    let columns = vec![
         texts(rows, "method", |r| &r.method),
         texts(rows, "role", |r| &r.role),
         texts(rows, "encoder", |r| &r.encoder),
@@ -186,10 +213,11 @@ pub fn results_frame(rows: &[ResultRow]) -> Result<DataFrame> {
         counts(rows, "n_images", |r| r.n_images as u64),
         counts_or_null(rows, "params", |r| r.params),
         counts_or_null(rows, "macs", |r| r.macs),
-    ])?)
+    ];
+    frame(rows, columns, |r| &r.run)
 }
 
-/// The rows of a frame as [`results_frame`] makes it; more columns are allowed.
+/// The rows of a frame as [`results_frame`] makes it; more columns are allowed, and a missing run is empty.
 ///
 /// # Errors
 /// `Polars` for a missing column or one of another kind, `Config` for a null where a value must be.
@@ -203,7 +231,7 @@ pub fn results_from_frame(frame: &DataFrame) -> Result<Vec<ResultRow>> {
     let (miou, pixel) = (read.numbers("miou")?, read.numbers("pixel_accuracy")?);
     let (mean, fw) = (read.numbers("mean_accuracy")?, read.numbers("fw_iou")?);
     let (present, images) = (read.counts("n_classes_present")?, read.counts("n_images")?);
-    let (params, macs) = (read.counts_or_null("params")?, read.counts_or_null("macs")?);
+    let (params, macs, run) = (read.counts_or_null("params")?, read.counts_or_null("macs")?, read.runs()?);
     Ok((0..frame.height())
         .map(|i| ResultRow {
             method: method[i].clone(),
@@ -219,13 +247,15 @@ pub fn results_from_frame(frame: &DataFrame) -> Result<Vec<ResultRow>> {
             n_images: images[i] as usize,
             params: params[i],
             macs: macs[i],
+            run: run[i].clone(),
         })
         .collect())
 }
 
-/// The frame of `per_class.csv`: method, role, encoder, split, seed, class_idx, class, iou, accuracy, n_pixels.
+/// The frame of `per_class.csv`: method, role, encoder, split, seed, class_idx, class, iou, accuracy, n_pixels, and
+/// run where a row names one.
 pub fn per_class_frame(rows: &[PerClassRow]) -> Result<DataFrame> {
-    Ok(DataFrame::new_infer_height(vec![
+    let columns = vec![
         texts(rows, "method", |r| &r.method),
         texts(rows, "role", |r| &r.role),
         texts(rows, "encoder", |r| &r.encoder),
@@ -236,7 +266,8 @@ pub fn per_class_frame(rows: &[PerClassRow]) -> Result<DataFrame> {
         numbers(rows, "iou", |r| r.iou),
         numbers(rows, "accuracy", |r| r.accuracy),
         counts(rows, "n_pixels", |r| r.n_pixels),
-    ])?)
+    ];
+    frame(rows, columns, |r| &r.run)
 }
 
 /// The rows of a frame as [`per_class_frame`] makes it.
@@ -252,6 +283,7 @@ pub fn per_class_from_frame(frame: &DataFrame) -> Result<Vec<PerClassRow>> {
     let (split, seed) = (read.texts("split")?, read.counts("seed")?);
     let (class_idx, class) = (read.counts("class_idx")?, read.texts("class")?);
     let (iou, accuracy, n_pixels) = (read.numbers("iou")?, read.numbers("accuracy")?, read.counts("n_pixels")?);
+    let run = read.runs()?;
     Ok((0..frame.height())
         .map(|i| PerClassRow {
             method: method[i].clone(),
@@ -264,20 +296,22 @@ pub fn per_class_from_frame(frame: &DataFrame) -> Result<Vec<PerClassRow>> {
             iou: iou[i],
             accuracy: accuracy[i],
             n_pixels: n_pixels[i],
+            run: run[i].clone(),
         })
         .collect())
 }
 
-/// The frame of `timings.csv`: method, role, seed, stage, seconds, n_steps.
+/// The frame of `timings.csv`: method, role, seed, stage, seconds, n_steps, and run where a row names one.
 pub fn timings_frame(rows: &[TimingRow]) -> Result<DataFrame> {
-    Ok(DataFrame::new_infer_height(vec![
+    let columns = vec![
         texts(rows, "method", |r| &r.method),
         texts(rows, "role", |r| &r.role),
         counts(rows, "seed", |r| r.seed),
         texts(rows, "stage", |r| &r.stage),
         numbers(rows, "seconds", |r| Some(r.seconds)),
         counts(rows, "n_steps", |r| r.n_steps),
-    ])?)
+    ];
+    frame(rows, columns, |r| &r.run)
 }
 
 /// The rows of a frame as [`timings_frame`] makes it.
@@ -291,6 +325,7 @@ pub fn timings_from_frame(frame: &DataFrame) -> Result<Vec<TimingRow>> {
     let read = Reader(frame);
     let (method, role, seed) = (read.texts("method")?, read.texts("role")?, read.counts("seed")?);
     let (stage, seconds, n_steps) = (read.texts("stage")?, read.numbers("seconds")?, read.counts("n_steps")?);
+    let run = read.runs()?;
     Ok((0..frame.height())
         .map(|i| TimingRow {
             method: method[i].clone(),
@@ -299,6 +334,7 @@ pub fn timings_from_frame(frame: &DataFrame) -> Result<Vec<TimingRow>> {
             stage: stage[i].clone(),
             seconds: seconds[i].unwrap_or(f64::NAN),
             n_steps: n_steps[i],
+            run: run[i].clone(),
         })
         .collect())
 }
@@ -358,6 +394,14 @@ impl Reader<'_> {
         // An empty text and a missing one are the same bytes in CSV.
         let column = self.column(name, &DataType::String)?;
         Ok(column.str()?.iter().map(|v| v.unwrap_or_default().to_string()).collect())
+    }
+
+    /// The names of the runs; all empty where the frame has no such column.
+    fn runs(&self) -> Result<Vec<String>> {
+        match self.0.column(RUN) {
+            Ok(_) => self.texts(RUN),
+            Err(_) => Ok(vec![String::new(); self.0.height()]),
+        }
     }
 
     fn counts_or_null(&self, name: &str) -> Result<Vec<Option<u64>>> {

@@ -3,7 +3,7 @@
 use polars::prelude::DataFrame;
 use serde::{Deserialize, Serialize};
 
-use super::rows::{ResultRow, counts, counts_or_null, numbers, texts};
+use super::rows::{ResultRow, counts, counts_or_null, frame, numbers, texts};
 use crate::error::Result;
 use crate::stats::MeanSd;
 
@@ -36,21 +36,27 @@ pub struct SummaryRow {
     pub params: Option<u64>,
     /// Multiply-accumulates of one image, of the first row.
     pub macs: Option<u64>,
+    /// As [`ResultRow::run`].
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub run: String,
 }
 
 impl SummaryRow {
-    /// Whether both rows are of one model (method, role and encoder), on whatever split.
+    /// Whether both rows are of one model (run, role, method and encoder), on whatever split.
     pub fn same_model(&self, other: &SummaryRow) -> bool {
-        (&self.method, &self.role, &self.encoder) == (&other.method, &other.role, &other.encoder)
+        (&self.run, &self.role, &self.method, &self.encoder)
+            == (&other.run, &other.role, &other.method, &other.encoder)
     }
 }
 
-/// Mean and sample deviation over seeds for each model and split, in the order of first appearance.
+/// Mean and sample deviation over seeds for each model of each run and each split, in the order of first appearance.
 pub fn summarize(rows: &[ResultRow]) -> Vec<SummaryRow> {
     let mut groups: Vec<Vec<&ResultRow>> = Vec::new();
-    let key = |r: &ResultRow| (r.method.clone(), r.role.clone(), r.encoder.clone(), r.split.clone());
+    let same = |a: &ResultRow, b: &ResultRow| {
+        (&a.run, &a.role, &a.method, &a.encoder, &a.split) == (&b.run, &b.role, &b.method, &b.encoder, &b.split)
+    };
     for row in rows {
-        match groups.iter_mut().find(|g| key(g[0]) == key(row)) {
+        match groups.iter_mut().find(|g| same(g[0], row)) {
             Some(group) => group.push(row),
             None => groups.push(vec![row]),
         }
@@ -74,13 +80,14 @@ pub fn summarize(rows: &[ResultRow]) -> Vec<SummaryRow> {
                 n_images: group.iter().map(|r| r.n_images).max().unwrap_or(0),
                 params: group[0].params,
                 macs: group[0].macs,
+                run: group[0].run.clone(),
             }
         })
         .collect()
 }
 
 /// The frame of a summary: method, role, encoder, split, n_seeds, then mean and deviation of each score, the least
-/// number of classes present, n_images, params, macs.
+/// number of classes present, n_images, params, macs, and run where a row names one.
 pub fn summary_frame(rows: &[SummaryRow]) -> Result<DataFrame> {
     let mut columns = vec![
         texts(rows, "method", |r| &r.method),
@@ -103,5 +110,5 @@ pub fn summary_frame(rows: &[SummaryRow]) -> Result<DataFrame> {
     columns.push(counts(rows, "n_images", |r| r.n_images as u64));
     columns.push(counts_or_null(rows, "params", |r| r.params));
     columns.push(counts_or_null(rows, "macs", |r| r.macs));
-    Ok(DataFrame::new_infer_height(columns)?)
+    frame(rows, columns, |r| &r.run)
 }

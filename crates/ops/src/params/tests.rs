@@ -31,6 +31,10 @@ fn snapshot(store: &ParamStore) -> BTreeMap<String, Vec<f32>> {
     store.tensors().iter().map(|(name, t)| (name.clone(), values(t))).collect()
 }
 
+fn no_float(name: &str, found: DType) -> DTypeDifference {
+    DTypeDifference { name: name.into(), found, expected: "F16, BF16, F32 or F64" }
+}
+
 fn mismatch<T: std::fmt::Debug>(result: Result<T>) -> Mismatch {
     match result {
         Err(OpsError::Mismatch(m)) => *m,
@@ -83,15 +87,18 @@ fn load_takes_everything_or_nothing_and_lists_every_difference() {
     wrong.insert("extra.weight".into(), Tensor::zeros(3, DType::F32, &Device::Cpu).unwrap());
     wrong.insert("head.weight".into(), Tensor::zeros((4, 5), DType::F32, &Device::Cpu).unwrap());
     wrong.insert("layer1.0.bn1.weight".into(), Tensor::new(&[1f32, 2.0, f32::NAN, 4.0], &Device::Cpu).unwrap());
+    wrong.insert("layer1.0.bn1.running_mean".into(), Tensor::new(&[1u32, 2, 3, 4], &Device::Cpu).unwrap());
     let error = store.load(&wrong);
     let text = error.as_ref().unwrap_err().to_string();
-    for part in ["4 tensors differ", "head.bias", "extra.weight", "[4, 5]", "[5, 4]", "layer1.0.bn1.weight", "hint"] {
+    let parts = ["5 tensors differ", "head.bias", "extra.weight", "[4, 5]", "[5, 4]", "layer1.0.bn1.weight", "hint"];
+    for part in parts.into_iter().chain(["layer1.0.bn1.running_mean: found U32, expected F16, BF16, F32 or F64"]) {
         assert!(text.contains(part), "no `{part}` in: {text}");
     }
     let expected = Mismatch {
         missing: vec!["head.bias".into()],
         unexpected: vec!["extra.weight".into()],
         shapes: vec![ShapeDifference { name: "head.weight".into(), found: vec![4, 5], expected: vec![5, 4] }],
+        dtypes: vec![no_float("layer1.0.bn1.running_mean", DType::U32)],
         non_finite: vec!["layer1.0.bn1.weight".into()],
     };
     assert_eq!(mismatch(error), expected);
@@ -109,9 +116,102 @@ fn load_takes_everything_or_nothing_and_lists_every_difference() {
 }
 
 #[test]
+fn a_store_loads_what_shares_its_own_memory() {
+    let store = trainable(1, false);
+    let before = snapshot(&store);
+    store.load(&store.tensors()).unwrap();
+    assert_eq!(snapshot(&store), before);
+
+    // The last of the names in order changes, after shared ones; and the other way round.
+    for changed in ["conv1.weight", "layer1.0.bn1.weight"] {
+        let store = trainable(1, false);
+        let mut tensors = store.tensors();
+        let new = (&tensors[changed] * 2.0).unwrap();
+        tensors.insert(changed.into(), new.clone());
+        store.load(&tensors).unwrap();
+        for (name, value) in snapshot(&store) {
+            if name == changed {
+                assert_eq!(value, values(&new));
+                assert_ne!(value, before[&name]);
+            } else {
+                assert_eq!(value, before[&name], "{name}");
+            }
+        }
+    }
+
+    // Two tensors of the store, exchanged: each is read before either is written.
+    let mut swapped = store.tensors();
+    let (scale, mean) = (swapped["layer1.0.bn1.weight"].clone(), swapped["layer1.0.bn1.running_mean"].clone());
+    swapped.insert("layer1.0.bn1.weight".into(), mean);
+    swapped.insert("layer1.0.bn1.running_mean".into(), scale);
+    store.load(&swapped).unwrap();
+    let after = snapshot(&store);
+    assert_eq!((&after["layer1.0.bn1.weight"], &after["layer1.0.bn1.running_mean"]), (&vec![0.0; 4], &vec![1.0; 4]));
+}
+
+#[test]
+fn finiteness_is_judged_in_the_stores_type() {
+    let huge = |tensors: BTreeMap<String, Tensor>| {
+        let mut tensors = tensors;
+        tensors.insert("head.bias".into(), Tensor::full(1e300f64, 5, &Device::Cpu).unwrap());
+        tensors
+    };
+    // Finite in f64, infinite in f32.
+    let narrow = trainable(1, false);
+    let before = snapshot(&narrow);
+    let found = mismatch(narrow.load(&huge(narrow.tensors())));
+    assert_eq!(found, Mismatch { non_finite: vec!["head.bias".into()], ..Mismatch::default() });
+    assert_eq!(snapshot(&narrow), before);
+    let frozen = ParamStore::frozen(huge(narrow.tensors()), DType::F32, &Device::Cpu).unwrap();
+    build(&frozen, false).unwrap();
+    assert_eq!(mismatch(frozen.finish()).non_finite, ["head.bias"]);
+
+    let wide = ParamStore::trainable(1, DType::F64, &Device::Cpu);
+    build(&wide, false).unwrap();
+    wide.load(&huge(wide.tensors())).unwrap();
+    assert_eq!(wide.tensors()["head.bias"].to_vec1::<f64>().unwrap(), [1e300; 5]);
+    let frozen = ParamStore::frozen(huge(narrow.tensors()), DType::F64, &Device::Cpu).unwrap();
+    build(&frozen, false).unwrap();
+    frozen.finish().unwrap();
+}
+
+#[test]
+fn narrower_floats_are_taken() {
+    for dtype in [DType::F16, DType::BF16, DType::F64] {
+        let store = trainable(1, false);
+        let tensors: BTreeMap<String, Tensor> =
+            trainable(2, false).tensors().into_iter().map(|(k, t)| (k, t.to_dtype(dtype).unwrap())).collect();
+        store.load(&tensors).unwrap();
+        for (name, t) in store.tensors() {
+            assert_eq!(values(&t), values(&tensors[&name].to_dtype(DType::F32).unwrap()), "{name} {dtype:?}");
+        }
+    }
+}
+
+#[test]
+fn training_the_source_does_not_move_a_frozen_store() {
+    let source = trainable(3, false);
+    let expected = snapshot(&source);
+    let double = || {
+        for p in source.named() {
+            p.var.unwrap().set(&(p.tensor.detach() * 2.0).unwrap().affine(1.0, 1.0).unwrap()).unwrap();
+        }
+    };
+    let store = ParamStore::frozen(source.tensors(), DType::F32, &Device::Cpu).unwrap();
+    // Before the model is built, and after.
+    double();
+    build(&store, false).unwrap();
+    store.finish().unwrap();
+    assert_eq!(snapshot(&store), expected);
+    double();
+    assert_eq!(snapshot(&store), expected);
+    assert_ne!(snapshot(&source), expected);
+}
+
+#[test]
 fn a_frozen_store_takes_its_tensors_whole_and_records_no_graph() {
     let tensors = trainable(3, false).tensors();
-    let store = ParamStore::frozen(tensors.clone(), DType::F64, &Device::Cpu);
+    let store = ParamStore::frozen(tensors.clone(), DType::F64, &Device::Cpu).unwrap();
     let built = build(&store, false).unwrap();
     store.finish().unwrap();
     assert!(built.iter().all(|t| !t.track_op() && t.dtype() == DType::F64));
@@ -133,12 +233,14 @@ fn a_frozen_store_lists_every_difference_at_the_end() {
     tensors.insert("aux.weight".into(), Tensor::zeros(3, DType::F32, &Device::Cpu).unwrap());
     tensors.insert("head.weight".into(), Tensor::zeros((11, 4), DType::F32, &Device::Cpu).unwrap());
     tensors.insert("layer1.0.bn1.running_mean".into(), Tensor::full(f32::INFINITY, 4, &Device::Cpu).unwrap());
-    let store = ParamStore::frozen(tensors, DType::F32, &Device::Cpu);
+    tensors.insert("layer1.0.bn1.weight".into(), Tensor::ones(4, DType::U8, &Device::Cpu).unwrap());
+    let store = ParamStore::frozen(tensors, DType::F32, &Device::Cpu).unwrap();
     build(&store, false).unwrap();
     let expected = Mismatch {
         missing: vec!["conv1.weight".into(), "head.bias".into()],
         unexpected: vec!["aux.weight".into()],
         shapes: vec![ShapeDifference { name: "head.weight".into(), found: vec![11, 4], expected: vec![5, 4] }],
+        dtypes: vec![no_float("layer1.0.bn1.weight", DType::U8)],
         non_finite: vec!["layer1.0.bn1.running_mean".into()],
     };
     assert_eq!(mismatch(store.finish()), expected);
@@ -209,6 +311,8 @@ fn bilinear_weights_are_the_known_kernel() {
 fn finiteness_sees_every_kind_of_non_number() {
     let check = |values: &[f32]| all_finite(&Tensor::new(values, &Device::Cpu).unwrap()).unwrap();
     assert!(check(&[1.0, -2.0, f32::MAX, f32::MIN_POSITIVE, 0.0]));
+    let wide = |value: f64| all_finite(&Tensor::full(value, (2, 3), &Device::Cpu).unwrap()).unwrap();
+    assert!(wide(f64::MAX) && wide(1e300) && !wide(f64::NAN) && !wide(f64::NEG_INFINITY));
     assert!(!check(&[1.0, f32::NAN]) && !check(&[f32::INFINITY, 1.0]) && !check(&[f32::NEG_INFINITY, f32::INFINITY]));
 }
 

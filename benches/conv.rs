@@ -1,12 +1,11 @@
 //! Times `conv2d`, forward and forward with backward, on the shapes that segmentation networks have.
 //!
-//! `cargo run -p segdistill-ops --example conv_time [FILTER]` prints the least of several runs in milliseconds and the
-//! rate that the multiply-adds give (forward 2 per MAC, with backward 6, or 4 where the image needs no gradient).
-//! Nothing is checked here: `tests/conv.rs` does.
+//! `cargo bench -p segdistill-benches --bench conv [FILTER]` prints the least of several runs in milliseconds and the
+//! rate that the multiply-adds give (forward 2 per MAC, with backward 6, or 4 where the image needs no gradient). Some
+//! outputs of every case are checked against plain sums before it is timed.
 
-use std::time::Instant;
-
-use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_core::{Result, Tensor, Var};
+use segdistill_benches::{filter, least, wave};
 use segdistill_ops::{Conv2dConfig, conv2d};
 
 struct Case {
@@ -30,7 +29,7 @@ fn case(name: &'static str, input: [usize; 4], c_out: usize, k: usize, stride: u
 }
 
 fn main() -> Result<()> {
-    let filter = std::env::args().nth(1).unwrap_or_default();
+    let filter = filter();
     let cases = [
         case("3x3 64->64", [4, 64, 90, 120], 64, 3, 1, 1, 1),
         case("3x3/2 64->64", [4, 64, 90, 120], 64, 3, 2, 1, 1),
@@ -53,16 +52,20 @@ fn main() -> Result<()> {
     ];
     println!("{:<22} {:>9} {:>9} {:>9} {:>9}", "case", "fwd ms", "GFLOP/s", "f+b ms", "GFLOP/s");
     for case in cases.iter().filter(|c| c.name.contains(&filter)) {
-        let x = ramp(&case.input)?;
+        let x = wave(&case.input)?;
         let x = if case.image { x } else { Var::from_tensor(&x)?.as_tensor().clone() };
-        let frozen = ramp(&case.weight)?;
+        let frozen = wave(&case.weight)?;
         let weight = Var::from_tensor(&frozen)?;
         let frozen_x = x.detach();
         let y = conv2d(&frozen_x, &frozen, None, case.cfg).map_err(candle_core::Error::wrap)?;
+        check(case, &frozen_x, &frozen, &y)?;
         let macs = (y.elem_count() * case.weight[1..].iter().product::<usize>()) as f64;
-        let forward = least(|| conv2d(&frozen_x, &frozen, None, case.cfg).map(|_| ()))?;
+        let forward =
+            least(|| conv2d(&frozen_x, &frozen, None, case.cfg).map(|_| ()).map_err(candle_core::Error::wrap))?;
         // Candle starts from a gradient of ones: nothing but the convolution and its two gradients is timed.
-        let both = least(|| Ok(conv2d(&x, weight.as_tensor(), None, case.cfg)?.backward().map(|_| ())?))?;
+        let both = least(|| {
+            conv2d(&x, weight.as_tensor(), None, case.cfg).map_err(candle_core::Error::wrap)?.backward().map(|_| ())
+        })?;
         let factor = if case.image { 4.0 } else { 6.0 };
         println!(
             "{:<22} {:>9.2} {:>9.0} {:>9.2} {:>9.0}",
@@ -76,19 +79,30 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-fn ramp(shape: &[usize]) -> Result<Tensor> {
-    let n = shape.iter().product::<usize>();
-    Tensor::arange(0u32, n as u32, &Device::Cpu)?.to_dtype(DType::F32)?.affine(1.7, 0.3)?.sin()?.reshape(shape)
-}
-
-/// Seconds of the fastest of many runs, about a second in all.
-fn least(mut run: impl FnMut() -> segdistill_ops::Result<()>) -> Result<f64> {
-    let (mut best, begun, mut runs) = (f64::INFINITY, Instant::now(), 0);
-    while runs < 5 || (begun.elapsed().as_secs_f64() < 1.0 && runs < 200) {
-        let start = Instant::now();
-        run().map_err(candle_core::Error::wrap)?;
-        best = best.min(start.elapsed().as_secs_f64());
-        runs += 1;
+/// Compares some outputs with the sum the convolution is.
+fn check(case: &Case, x: &Tensor, weight: &Tensor, y: &Tensor) -> Result<()> {
+    let host = |t: &Tensor| t.flatten_all()?.to_vec1::<f32>();
+    let (x, weight, (_, c_out, oh, ow), y) = (host(x)?, host(weight)?, y.dims4()?, host(y)?);
+    let [_, c_in, h, w] = case.input;
+    let [_, per_group, kh, kw] = case.weight;
+    for k in (0..y.len()).step_by(y.len() / 7 + 1) {
+        let (ox, oy, co, n) = (k % ow, k / ow % oh, k / (ow * oh) % c_out, k / (ow * oh * c_out));
+        let first = co / (c_out / case.cfg.groups) * per_group;
+        let mut sum = 0f64;
+        for ci in 0..per_group {
+            for ky in 0..kh {
+                for kx in 0..kw {
+                    let row = (oy * case.cfg.stride[0] + ky * case.cfg.dilation[0]).wrapping_sub(case.cfg.padding[0]);
+                    let column =
+                        (ox * case.cfg.stride[1] + kx * case.cfg.dilation[1]).wrapping_sub(case.cfg.padding[1]);
+                    if row < h && column < w {
+                        let at = ((n * c_in + first + ci) * h + row) * w + column;
+                        sum += f64::from(x[at]) * f64::from(weight[((co * per_group + ci) * kh + ky) * kw + kx]);
+                    }
+                }
+            }
+        }
+        assert!((f64::from(y[k]) - sum).abs() < 1e-2, "{}: output {k} is {}, the sum is {sum}", case.name, y[k]);
     }
-    Ok(best)
+    Ok(())
 }

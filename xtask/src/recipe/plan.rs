@@ -1,0 +1,363 @@
+//! The plan: what runs, resolved and checked, saved before step 1.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use candle_core::Device;
+use serde::{Deserialize, Serialize};
+
+use segdistill_data::{Manifest, Split};
+use segdistill_models::Frozen;
+use segdistill_train::Stage;
+
+use super::{Read, Recipe};
+use crate::cli::RecipeArgs;
+use crate::commands::need_split;
+use crate::exit::{UNAVAILABLE, USAGE, coded, usage};
+
+/// What a recipe promises; a run outside ends with exit code 5.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Expect {
+    /// Least teacher mIoU on val; 0 asks nothing.
+    pub(crate) teacher_val_miou: f64,
+    /// Least mean mIoU of the cross-entropy student on val; 0 asks nothing.
+    pub(crate) student_ce_val_miou: f64,
+    /// Teacher above every method's mean on val.
+    pub(crate) teacher_above_students: bool,
+}
+
+/// Where images come from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "dataset", rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) enum DataPlan {
+    /// Scenes drawn from a seed.
+    StreetScenes {
+        /// Drawn height in pixels.
+        height: usize,
+        /// Drawn width in pixels.
+        width: usize,
+        /// Training scenes.
+        train: usize,
+        /// Validation scenes.
+        val: usize,
+        /// Test scenes.
+        test: usize,
+        /// Seed of the world.
+        seed: u64,
+        /// How little a look tells of a class, 0 to 1.
+        variety: f64,
+    },
+    /// CamVid below a folder.
+    Camvid {
+        /// Folder with train.txt, val.txt, ...
+        root: PathBuf,
+    },
+}
+
+/// What runs: resolved, checked, saved before step 1.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Plan {
+    /// Recipe name.
+    pub(crate) recipe: String,
+    /// One line on what it is for.
+    pub(crate) description: String,
+    /// Where it runs.
+    pub(crate) device: String,
+    /// Teacher weights given as a file instead of trained.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) teacher_weights: Option<PathBuf>,
+    /// Images.
+    pub(crate) data: DataPlan,
+    /// What the recipe promises.
+    pub(crate) expect: Expect,
+    /// The teacher.
+    pub(crate) teacher: Stage,
+    /// Students: method by method, seed by seed.
+    pub(crate) students: Vec<Stage>,
+}
+
+impl Plan {
+    /// The plan of a command line: recipe, `--set`, flags; every range, name and file checked.
+    ///
+    /// # Errors
+    /// Usage errors (exit code 2) for what is written wrong, 4 for a folder or file that is not there.
+    pub(crate) fn resolve(args: &RecipeArgs) -> Result<Plan> {
+        let Read { recipe, written } = Recipe::read(args)?;
+        let manifest = Manifest::named(&recipe.dataset).map_err(|e| coded(USAGE, e))?;
+        let data = data_plan(&recipe, &written, args)?;
+        let n_classes = manifest.classes.n_classes();
+        let seeds = args.seeds.clone().unwrap_or_else(|| recipe.seeds.clone());
+        let methods = args.methods.clone().unwrap_or_else(|| recipe.methods.clone());
+        if seeds.is_empty() || methods.is_empty() {
+            return Err(usage!("no seed or no method to run\n  hint: such as --seeds 0,1 --methods ce,csc+ce"));
+        }
+        let doubled_seed = first_double(&seeds).map(ToString::to_string);
+        for (what, doubled) in [("seed", doubled_seed), ("method", first_double(&methods).cloned())] {
+            if let Some(item) = doubled {
+                return Err(usage!("{what} {item} is given twice\n  hint: give each once"));
+            }
+        }
+        check_names(&recipe, &methods, &written)?;
+        if let Some(key) =
+            written.iter().find(|k| ["teacher.steps", "teacher.lr", "teacher.seed"].contains(&k.as_str()))
+            && !recipe.teacher.weights.is_empty()
+        {
+            return Err(usage!(
+                "`{key}` is set but the teacher is not trained: teacher.weights is set too\n  hint: take one of them out"
+            ));
+        }
+        let teacher = recipe.teacher_stage(n_classes)?;
+        let mut students = Vec::new();
+        for method in &methods {
+            let objective = recipe.objectives.get(method).ok_or_else(|| {
+                let known: Vec<&str> = recipe.objectives.keys().map(String::as_str).collect();
+                usage!(
+                    "unknown method `{method}`, known: {}\n  hint: a recipe may add [objectives.{method}]",
+                    known.join(", ")
+                )
+            })?;
+            for &seed in &seeds {
+                students.push(recipe.stage(method, &recipe.student, n_classes, seed, objective.terms.clone()));
+            }
+        }
+        for stage in std::iter::once(&teacher).chain(&students) {
+            stage.validate().map_err(|e| usage!("stage `{}`: {e}", stage.method))?;
+            stage.model.validate().map_err(|e| usage!("stage `{}`: {e}", stage.method))?;
+        }
+        Ok(Plan {
+            recipe: recipe.name.clone(),
+            description: recipe.description.clone(),
+            device: args.device.clone(),
+            teacher_weights: recipe.teacher_weights()?,
+            data,
+            expect: recipe.expect,
+            teacher,
+            students,
+        })
+    }
+
+    /// Checks what needs data and weights, before anything is written: both training splits are there and large enough,
+    /// and a given teacher fits.
+    ///
+    /// # Errors
+    /// Exit code 2 for settings that cannot run, 4 for what is not there; a teacher that does not fit lists every difference.
+    pub(crate) fn preflight(&self, device: &Device) -> Result<()> {
+        let train = need_split(&self.data, Split::Train)?;
+        need_split(&self.data, Split::Val)?;
+        for stage in std::iter::once(&self.teacher).chain(&self.students) {
+            if train.len() < stage.batch_size {
+                return Err(usage!(
+                    "{} training images for batches of {}\n  hint: train.batch_size is at most the number of images",
+                    train.len(),
+                    stage.batch_size
+                ));
+            }
+        }
+        if let Some(path) = &self.teacher_weights {
+            let tensors = segdistill_ops::params::read_safetensors(path, device)?;
+            let model = &self.teacher.model;
+            Frozen::new(model, tensors, candle_core::DType::F32, device)
+                .with_context(|| {
+                    format!("teacher weights `{}` do not fit {} on {}", path.display(), model.name, model.encoder)
+                })
+                .map_err(|e| coded(USAGE, e))?;
+        }
+        Ok(())
+    }
+
+    /// This plan joined to the one saved in a folder: the same data and teacher, and students of either.
+    ///
+    /// # Errors
+    /// Usage errors naming what differs.
+    pub(crate) fn joined_to(&self, saved: &Plan) -> Result<Plan> {
+        let common =
+            |p: &Plan| Plan { students: Vec::new(), description: String::new(), device: String::new(), ..p.clone() };
+        if common(self) != common(saved) {
+            return Err(usage!(
+                "the folder holds a run of other data or another teacher\n  hint: choose another --out folder"
+            ));
+        }
+        let mut joined = saved.clone();
+        for stage in &self.students {
+            match saved.students.iter().find(|s| (&s.method, s.seed) == (&stage.method, stage.seed)) {
+                None => joined.students.push(stage.clone()),
+                Some(old) if old == stage => {}
+                Some(_) => {
+                    return Err(usage!(
+                        "the folder holds stage {} seed {} of other settings\n  hint: choose another --out folder",
+                        stage.method,
+                        stage.seed
+                    ));
+                }
+            }
+        }
+        Ok(joined)
+    }
+
+    /// The plan as TOML.
+    pub(crate) fn to_toml(&self) -> Result<String> {
+        toml::to_string(self).context("the plan cannot be written as TOML")
+    }
+
+    /// The plan saved in a run folder.
+    pub(crate) fn read(path: &Path) -> Result<Plan> {
+        let text = fs_err::read_to_string(path).map_err(|e| coded(UNAVAILABLE, e))?;
+        toml::from_str(&text).map_err(|e| usage!("`{}` is not a plan: {}", path.display(), e.message()))
+    }
+}
+
+fn first_double<T: PartialEq>(items: &[T]) -> Option<&T> {
+    items.iter().enumerate().find(|(i, item)| items[..*i].contains(item)).map(|(_, item)| item)
+}
+
+/// Method names become folder names; an objective somebody wrote must be used.
+fn check_names(recipe: &Recipe, methods: &[String], written: &[String]) -> Result<()> {
+    for method in methods {
+        let plain = !method.is_empty() && method.bytes().all(|b| b.is_ascii_alphanumeric() || b"+_-".contains(&b));
+        if !plain || ["teacher", "report"].contains(&method.as_str()) {
+            return Err(usage!(
+                "method `{method}` cannot name a folder of the run\n  hint: use letters, digits, +, _ and -, and not `teacher` or `report`"
+            ));
+        }
+    }
+    let of_objective = |k: &String| Some(k.strip_prefix("objectives.")?.strip_suffix(".terms")?.to_string());
+    for name in written.iter().filter_map(of_objective) {
+        if name != "ce" && !methods.contains(&name) {
+            let known: Vec<&str> = recipe.objectives.keys().map(String::as_str).collect();
+            return Err(usage!(
+                "objective `{name}` is set but no method uses it; methods: {}, objectives: {}\n  hint: --methods {name}",
+                methods.join(", "),
+                known.join(", ")
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn data_plan(recipe: &Recipe, written: &[String], args: &RecipeArgs) -> Result<DataPlan> {
+    let d = &recipe.data;
+    match recipe.dataset.as_str() {
+        "street-scenes" => {
+            if args.data_root.is_some() || !d.root.is_empty() {
+                return Err(usage!(
+                    "street-scenes draws its images: a data root is not used\n  hint: take out --data-root, or choose --recipe camvid-quick"
+                ));
+            }
+            let (height, width) = (d.height, d.width);
+            Ok(DataPlan::StreetScenes {
+                height,
+                width,
+                train: d.train,
+                val: d.val,
+                test: d.test,
+                seed: d.seed,
+                variety: d.variety,
+            })
+        }
+        id => {
+            let unused = written.iter().find(|k| k.starts_with("data.") && *k != "data.root");
+            if let Some(key) = unused {
+                return Err(usage!(
+                    "`{key}` is set but data set {id} does not use it\n  hint: take it out; only street-scenes draws images"
+                ));
+            }
+            let set = (!d.root.is_empty()).then(|| PathBuf::from(&d.root));
+            let root = crate::commands::data_root(id, args.data_root.clone().or(set))?;
+            Ok(DataPlan::Camvid { root })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn args(recipe: &str, set: &[&str]) -> RecipeArgs {
+        RecipeArgs {
+            recipe: recipe.into(),
+            data_root: None,
+            set: set.iter().map(|s| s.to_string()).collect(),
+            out: None,
+            seeds: None,
+            methods: None,
+            device: "cpu".into(),
+        }
+    }
+
+    #[test]
+    fn every_embedded_recipe_resolves() {
+        for (name, _) in super::super::layers::EMBEDDED {
+            let mut args = args(name, &[]);
+            if name.starts_with("camvid") {
+                args.data_root = Some(std::env::temp_dir());
+            }
+            let plan = Plan::resolve(&args).unwrap_or_else(|e| panic!("{name}: {e:#}"));
+            assert_eq!(plan.recipe, name);
+            let back: Plan = toml::from_str(&plan.to_toml().unwrap()).unwrap();
+            assert_eq!(back, plan, "{name} survives its TOML");
+        }
+    }
+
+    #[test]
+    fn an_unknown_key_names_the_nearest() {
+        let error = Plan::resolve(&args("toy", &["optim.lrr=1"])).unwrap_err();
+        assert_eq!(crate::exit::code_of(&error), 2);
+        let text = format!("{error:#}");
+        assert!(text.contains("`optim.lrr`") && text.contains("`optim.lr`"), "{text}");
+    }
+
+    #[test]
+    fn settings_reach_the_stages_and_keep_their_types() {
+        let plan = Plan::resolve(&args("toy", &["optim.lr=1", "train.steps=77", "student.encoder=resnet34"])).unwrap();
+        assert_eq!((plan.students[0].optim.lr, plan.students[0].steps), (1.0, 77));
+        assert_eq!(plan.students[0].model.encoder, "resnet34");
+        let text = format!("{:#}", Plan::resolve(&args("toy", &["train.steps=many"])).unwrap_err());
+        assert!(text.contains("`train.steps`") && text.contains("many") && text.contains("whole number"), "{text}");
+        let quoted = args("toy", &[r#"objectives."csc+ce".terms=[{ loss = "ce", weight = 2.0 }]"#]);
+        let plan = Plan::resolve(&quoted).unwrap();
+        let weight = |m: &str| plan.students.iter().find(|s| s.method == m).unwrap().terms[0].weight;
+        assert_eq!((weight("csc+ce"), weight("ce")), (2.0, 1.0));
+    }
+
+    #[test]
+    fn what_is_set_but_unused_is_refused() {
+        let mut a = args("camvid-quick", &["data.height=64"]);
+        a.data_root = Some(std::env::temp_dir());
+        assert!(format!("{:#}", Plan::resolve(&a).unwrap_err()).contains("data.height"));
+        let mut a = args("toy", &[]);
+        a.data_root = Some(std::env::temp_dir());
+        assert!(format!("{:#}", Plan::resolve(&a).unwrap_err()).contains("not used"));
+    }
+
+    #[test]
+    fn unknown_recipes_methods_and_ranges_are_usage_errors() {
+        for (recipe, set, expected) in [
+            ("tiny", vec![], "known: toy, camvid, camvid-quick"),
+            ("toy", vec!["optim.momentum=1.5"], "optim.momentum = 1.5"),
+            ("toy", vec!["student.encoder=resnet19"], "resnet18"),
+            ("toy", vec!["dataset=cityscape"], "camvid"),
+            ("toy", vec!["optim.lr"], "KEY=VALUE"),
+            ("toy", vec!["=1"], "KEY=VALUE"),
+            ("toy", vec!["lr=1"], "`optim.lr`"),
+            ("toy", vec!["steps=100"], "steps`"),
+            ("toy", vec!["seeds=0"], "list in brackets"),
+            ("toy", vec!["optim.lr=abc"], "`optim.lr` in --set is \"abc\""),
+            ("toy", vec!["extends=camvid"], "--recipe"),
+            ("toy", vec!["objectives.cse.terms=[]"], "`cse`"),
+            ("toy", vec!["teacher.lr=-1"], "teacher.lr = -1"),
+            ("toy", vec!["optim.weight_decay=inf"], "optim.weight_decay = inf"),
+            ("toy", vec!["teacher.weights=x.safetensors", "teacher.steps=3"], "teacher.steps"),
+        ] {
+            let error = Plan::resolve(&args(recipe, &set)).unwrap_err();
+            assert_eq!(crate::exit::code_of(&error), 2, "{error:#}");
+            assert!(format!("{error:#}").contains(expected), "{error:#}");
+        }
+        let mut a = args("toy", &[]);
+        for (method, expected) in [("cscc", "csc+ce"), ("../x", "letters"), ("teacher", "letters")] {
+            a.methods = Some(vec![method.into()]);
+            assert!(format!("{:#}", Plan::resolve(&a).unwrap_err()).contains(expected));
+        }
+    }
+}
