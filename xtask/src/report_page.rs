@@ -126,7 +126,8 @@ impl Common {
             DataPlan::StreetScenes { seed, variety, .. } => format!(", scenes of seed {seed} and variety {variety}"),
             DataPlan::Camvid { .. } => String::new(),
         };
-        let found = format!("{}{scenes}, {} classes: {}", config.dataset, config.classes.len(), config.classes.join(", "));
+        let found =
+            format!("{}{scenes}, {} classes: {}", config.dataset, config.classes.len(), config.classes.join(", "));
         let (first, expected) = self.data.get_or_insert_with(|| (run.to_string(), found.clone()));
         same("data", (run, &found), (first, expected))
     }

@@ -101,8 +101,8 @@ fn later_commands(run: &Path) {
     let saved: serde_json::Value = serde_json::from_str(&read(run.join("teacher/eval/test/summary.json"))).unwrap();
     assert_eq!(json["scores"], saved["scores"], "one evaluator");
 
-    let picture = fs_err::read_dir(run.join("teacher/eval/val/gallery")).unwrap().map(|e| e.unwrap().path());
-    let picture = picture.filter(|p| p.to_str().unwrap().ends_with("_input.png")).next().unwrap();
+    let mut pictures = fs_err::read_dir(run.join("teacher/eval/val/gallery")).unwrap().map(|e| e.unwrap().path());
+    let picture = pictures.find(|p| p.to_str().unwrap().ends_with("_input.png")).unwrap();
     let logits = at("logits.safetensors");
     good(&xtask(&[
         "predict",

@@ -57,7 +57,13 @@ fn full() -> Report {
     let x: Vec<f64> = (1..=200).map(f64::from).collect();
     for label in ["teacher", "ce seed 0", "ce seed 1", "csc+ce/seed-0", "something else"] {
         let y = x.iter().map(|x| 1.0 / x).collect();
-        report.curves.push(Curve { label: label.into(), x: x.clone(), y, panel: "loss: ce".into(), run: String::new() });
+        report.curves.push(Curve {
+            label: label.into(),
+            x: x.clone(),
+            y,
+            panel: "loss: ce".into(),
+            run: String::new(),
+        });
     }
     let picture = RgbBytes { h: 2, w: 2, rgb: vec![7; 12] };
     report.gallery = vec![GalleryRow {
@@ -126,6 +132,83 @@ fn a_loss_noise_and_one_seed_are_not_called_a_gain() {
     assert!(report.to_html().contains("no gap was there to close"));
     // A score that is no number is no gain.
     assert!(gains(&comparison(&[f64::NAN], &[0.5])).is_empty());
+}
+
+/// Two runs of the same methods and seeds: distillation gained 0.06 in run `a` and lost 0.03 in run `b<i>`, whose teacher
+/// is no better than its baseline.
+fn two_runs() -> Report {
+    let (mut report, mut other) = (full(), full());
+    other.rows = comparison(&[0.60, 0.62], &[0.57, 0.59]).rows;
+    other.rows[0].miou = 0.61;
+    other.per_class.iter_mut().for_each(|r| r.iou = Some(0.25));
+    other.timings[1].seconds = 40.0;
+    for (part, run) in [(&mut report, "a"), (&mut other, "b<i>")] {
+        part.rows = part.rows.iter().map(|r| r.clone().with_run(run)).collect();
+        part.per_class.iter_mut().for_each(|r| r.run = run.into());
+        part.timings.iter_mut().for_each(|r| r.run = run.into());
+        part.curves.iter_mut().for_each(|c| c.run = run.into());
+    }
+    report.rows.extend(other.rows);
+    report.per_class.extend(other.per_class);
+    report.timings.extend(other.timings);
+    report.curves.extend(other.curves);
+    report
+}
+
+#[test]
+fn runs_are_told_apart_and_measured_against_their_own_baseline() {
+    let report = two_runs();
+    let found: Vec<_> = gains(&report).into_iter().filter(|g| g.split == "val").collect();
+    assert_eq!(found.iter().map(|g| g.run.as_str()).collect::<Vec<_>>(), ["a", "b<i>"]);
+    assert!((found[0].gain - 0.06).abs() < 1e-12 && (found[1].gain + 0.03).abs() < 1e-12, "{found:?}");
+    assert_eq!(
+        found.iter().map(|g| (g.teacher, g.distilled.n, g.seeds_better)).collect::<Vec<_>>(),
+        [(Some(0.7), 2, [2, 2]), (Some(0.61), 2, [0, 2])]
+    );
+    assert_eq!((found[0].gap_share.is_some(), found[1].gap_share), (true, None));
+    let (html, markdown) = (report.to_html(), report.to_markdown());
+    for part in [
+        "Distillation gained 6.00 points of mIoU on val in run a.",
+        "CSC+CE of run a is the best of 2 distilled models compared on val.",
+        "CSC+CE of run b&lt;i> reaches 58.00 ± 1.41 % mIoU and CE alone 61.00 ± 1.41 % (2 seeds each): −3.00 points",
+        "| a: Teacher, xception65 | absent | 70.00 | 70.00 | 1 |",
+        "| b&lt;i>: Teacher, xception65 | absent | 61.00 | absent | 1 |",
+        "| a: Student (CE), resnet34 | absent | 51.00 ± 1.41 | 51.00 ± 1.41 | 2 |",
+        "| b&lt;i>: Student (CE), resnet34 | absent | 61.00 ± 1.41 | absent | 2 |",
+        "| a: CSC+CE | val | 51.00 ± 1.41 | 57.00 ± 1.41 | +6.00 |",
+        "| b&lt;i>: CSC+CE | val | 61.00 ± 1.41 | 58.00 ± 1.41 | −3.00 |",
+        "| a: Student (CSC+CE) | train | 15.0 s | 150.0 | 1.50 × | 1 |",
+        "| b&lt;i>: Student (CSC+CE) | train | 40.0 s | 400.0 | 4.00 × | 1 |",
+        // The classes of `b<i>` are 0.25 everywhere, of `a` the mean over seeds: nothing is pooled across runs.
+        "| road | 70.00 | 25.00 | 51.00 ± 1.41 | 25.00 ± 0.00 | 57.00 ± 1.41 | 25.00 ± 0.00 |",
+    ] {
+        assert!(markdown.contains(part), "`{part}` is missing in\n{markdown}");
+    }
+    // Each run has its own lines, and no line but a model's takes its colour.
+    for name in ["a: Student (CE)", "b&lt;i&gt;: Student (CE)"] {
+        assert!(html.contains(&format!("{name} <span class=\"enc\">&nbsp;2 runs</span>")), "{name}");
+    }
+    assert!(
+        html.contains("a: something else") && html.contains("b&lt;i&gt;: something else") && !html.contains("b<i>")
+    );
+    // Of one run the page is the same whether that run has a name or not.
+    let (mut named, plain) = (full(), full());
+    named.rows.iter_mut().for_each(|r| r.run = "a".into());
+    named.per_class.iter_mut().for_each(|r| r.run = "a".into());
+    named.timings.iter_mut().for_each(|r| r.run = "a".into());
+    named.curves.iter_mut().for_each(|c| c.run = "a".into());
+    assert_eq!((named.to_html(), named.to_markdown()), (plain.to_html(), plain.to_markdown()));
+}
+
+#[test]
+fn no_gain_in_any_run_is_said_of_all() {
+    let mut report = comparison(&[0.60, 0.62], &[0.57, 0.59]);
+    report.rows.iter_mut().for_each(|r| r.run = "b".into());
+    report.rows.extend(comparison(&[0.60, 0.62], &[0.59, 0.61]).rows.into_iter().map(|r| r.with_run("a")));
+    assert!(report.to_html().contains("Distillation helped in no run: at best −1.00 points of mIoU on val in run a."));
+    // Without a baseline of its own a run gains nothing, whatever others have.
+    report.rows.retain(|r| r.run == "b" || r.role == "teacher" || r.method != "ce");
+    assert_eq!(gains(&report).iter().map(|g| g.run.as_str()).collect::<Vec<_>>(), ["b"]);
 }
 
 #[test]

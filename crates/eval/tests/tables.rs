@@ -147,6 +147,58 @@ fn classes_timings_and_counts_survive_every_format() {
 }
 
 #[test]
+fn runs_are_a_last_column_where_there_are_several() {
+    let folder = tempfile::tempdir().unwrap();
+    let (_, scores, names) = counted();
+    let of = |run: &str| ResultRow::new("ce", "student", "resnet18", "val", 3, &scores, 1).with_run(run);
+    // Of names that look like numbers, and one row without a run among those that have one.
+    let results = [of("007"), of(""), of("a/toy")];
+    let classes = results.iter().flat_map(|r| per_class_rows(r, &names, &scores).unwrap()).collect::<Vec<_>>();
+    assert_eq!(classes.iter().map(|r| r.run.as_str()).collect::<Vec<_>>()[2..4], ["007", ""]);
+    let timing = |run: &str| TimingRow {
+        method: "ce".into(),
+        role: "student".into(),
+        seed: 3,
+        stage: "train".into(),
+        seconds: 1.5,
+        n_steps: 2,
+        run: run.into(),
+    };
+    let timings = [timing("007"), timing("a/toy")];
+    let frames = [results_frame(&results), per_class_frame(&classes), timings_frame(&timings)].map(Result::unwrap);
+    for frame in &frames {
+        assert_eq!(frame.get_column_names().last().unwrap().as_str(), "run");
+    }
+    for path in write_all(&frames[0], &folder.path().join("r")).unwrap() {
+        assert_eq!(results_from_frame(&read_table(&path).unwrap()).unwrap(), results);
+    }
+    for path in write_all(&frames[1], &folder.path().join("c")).unwrap() {
+        assert_eq!(per_class_from_frame(&read_table(&path).unwrap()).unwrap(), classes);
+    }
+    for path in write_all(&frames[2], &folder.path().join("t")).unwrap() {
+        assert_eq!(timings_from_frame(&read_table(&path).unwrap()).unwrap(), timings);
+    }
+    // Rows of two runs are two models, and their summary says whose they are.
+    let summary = summarize(&results);
+    assert_eq!(
+        summary.iter().map(|s| (s.run.as_str(), s.seeds.len())).collect::<Vec<_>>(),
+        [("007", 1), ("", 1), ("a/toy", 1)]
+    );
+    assert_eq!(summary_frame(&summary).unwrap().get_column_names().last().unwrap().as_str(), "run");
+    // A single run has no such column anywhere, and its JSON no such key.
+    for frame in [
+        results_frame(&results[1..2]).unwrap(),
+        per_class_frame(&classes[3..6]).unwrap(),
+        timings_frame(&[timing("")]).unwrap(),
+        summary_frame(&summary[1..2]).unwrap(),
+    ] {
+        assert!(frame.column("run").is_err(), "{frame}");
+    }
+    assert!(!text(&results[1..2])[0].contains("run") && text(&results)[0].contains("\"run\":\"007\""));
+    assert_eq!(serde_json::from_str::<ResultRow>(&text(&results[1..2])[0]).unwrap(), results[1]);
+}
+
+#[test]
 fn metrics_of_a_training_run_can_be_read() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("metrics.csv");

@@ -4,6 +4,13 @@
 //! `decoder.aspp.{0..4}` (1x1, the three dilated 3x3, image pooling), `decoder.project`, `decoder.low`,
 //! `decoder.fuse.{0,1}`, `decoder.classifier`; inside, `conv`/`bn`, or `conv_dw`/`bn_dw`/`conv_pw`/`bn_pw` where
 //! separable.
+//!
+//! Two conventions of bilinear resizing meet here, as is common practice in PyTorch. *Inside* the decoder (image pooling
+//! to the pyramid's grid, the deep map to the fine one) corners are aligned (`align_corners = true`): both grids come
+//! from strided convolutions, which sample from the first pixel on. The logits leave at stride 4, as they are; whoever
+//! compares them with labels brings them to the labels' size by pixel centres (`align_corners = false`). That is done
+//! in the same way by training (`train`, before cross entropy) and by evaluation and prediction (`eval`), so that a
+//! network is judged on the very map it was trained on.
 
 use std::collections::BTreeMap;
 

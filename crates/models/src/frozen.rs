@@ -18,12 +18,11 @@ impl Frozen {
     /// The network of `spec` with exactly the weights `tensors`, copied and converted to `dtype` on `device`.
     ///
     /// # Errors
-    /// `Ops(Mismatch)` with every missing, unexpected, misshapen and non-finite tensor at once; else as [`build`].
+    /// `Ops(Mismatch)` with every missing, unexpected, misshapen, mistyped and non-finite tensor at once; else as [`build`].
     pub fn new(spec: &ModelSpec, tensors: BTreeMap<String, Tensor>, dtype: DType, device: &Device) -> Result<Self> {
-        // Tensors of a live store share their memory with it: without a copy its training would move this network.
-        let copied = |(name, tensor): (String, Tensor)| tensor.copy().map(|tensor| (name, tensor));
-        let tensors = tensors.into_iter().map(copied).collect::<candle_core::Result<BTreeMap<_, _>>>()?;
-        let store = ParamStore::frozen(tensors, dtype, device);
+        // Tensors of a live store share their memory with it; the frozen store copies them, so that training the one
+        // does not move the other.
+        let store = ParamStore::frozen(tensors, dtype, device)?;
         let model = build(spec, &store)?;
         store.finish()?;
         Ok(Self { model })

@@ -5,6 +5,13 @@
 //! each network normalises for itself. Tensors are named in PyTorch's manner, below `encoder` as torchvision (ResNet)
 //! and timm (Xception) have them.
 //!
+//! Against PyTorch, with the same weights (`tests/pytorch.rs`): logits within 1e-12 (evaluation) and 1e-11 (training) in
+//! f64 and every gradient within 1e-9, for all encoders, at full width too. In f32 logits lie within 1e-4 in evaluation
+//! and 3e-4 in training, and gradients within 1e-3 in the calm cases (ResNet-34 at a quarter and at full width,
+//! Xception-65 at an eighth), whose values keep away from the kinks of ReLU; training logits are within 1e-4 there. In
+//! the other cases one value that rounding carries across a kink moves f32 gradients by up to 3 %, PyTorch's own (2 %)
+//! as well as ours; they are bounded at three times what was measured.
+//!
 //! What does not live here: data sets, losses, optimisers, checkpoints, and renaming of foreign weights.
 //!
 //! # Example

@@ -70,6 +70,36 @@ fn every_parameter_gets_a_finite_gradient_and_every_statistic_moves() {
 }
 
 #[test]
+fn a_training_step_is_the_same_for_any_number_of_threads() {
+    for spec in specs() {
+        // Every value as its bits: gradients by name, then running statistics.
+        let step = |threads: usize| -> Vec<(String, Vec<u32>)> {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| {
+                let bits = |t: &Tensor| -> Vec<u32> {
+                    t.flatten_all().unwrap().to_vec1::<f32>().unwrap().iter().map(|v| v.to_bits()).collect()
+                };
+                let (store, model) = filled_network(&spec, DType::F32, None);
+                let logits = model.forward(&images("images", &[3, 3, 65, 97], DType::F32), TRAIN).unwrap().logits_nchw;
+                let gradients = logits.sqr().unwrap().mean_all().unwrap().backward().unwrap();
+                let value = |p: &segdistill_ops::NamedParam| match p.kind {
+                    ParamKind::Buffer => bits(&p.tensor),
+                    _ => bits(gradients.get(&p.tensor).unwrap_or_else(|| panic!("no gradient for {}", p.name))),
+                };
+                let named = store.named().into_iter().map(|p| (p.name.clone(), value(&p)));
+                named.chain([("logits".to_string(), bits(&logits))]).collect()
+            })
+        };
+        let one = step(1);
+        for threads in [2, 3] {
+            for ((name, expected), (_, found)) in one.iter().zip(step(threads)) {
+                assert!(*expected == found, "{}: {name} differs with {threads} threads", spec.encoder);
+            }
+        }
+    }
+}
+
+#[test]
 fn dropout_follows_seed_and_step_and_rests_in_evaluation() {
     let spec = ModelSpec { dropout: 0.5, ..small("resnet18") };
     let input = images("images", &[2, 3, 48, 64], DType::F32);

@@ -27,11 +27,10 @@ struct Tolerance {
 const F64: Tolerance = Tolerance { eval: 1e-12, train: 1e-11, gradients: 1e-9, floor: 0.0, zero: 1e-12 };
 /// The bounds the project asks for.
 const F32: Tolerance = Tolerance { eval: 1e-4, train: 1e-4, gradients: 1e-3, floor: 1e-2, zero: 1e-4 };
-/// One value that rounding carries across a ReLU's kink moves gradients by a hundredth and logits hardly. PyTorch's own
-/// float32 lies up to 7e-5 (logits) and 3e-1 (gradients) from its float64 here, so gradients are compared in f64, and in
-/// f32 for the calm cases alone.
-const F32_NEAR_KINKS: Tolerance =
-    Tolerance { eval: 1e-4, train: 3e-4, gradients: f64::INFINITY, floor: 1e-2, zero: 1e-4 };
+/// In f32 one value that rounding carries across a ReLU's kink moves gradients by a hundredth and logits hardly. It does
+/// so to PyTorch as well: its own float32 lies up to 8e-5 (logits) and 2.3e-2 (gradients) from its float64 in the cases
+/// that are not calm. Their gradients are held to [`Case::f32_gradients`] there, by norm: a flip moves few elements far.
+const F32_NEAR_KINKS: Tolerance = Tolerance { eval: 1e-4, train: 3e-4, gradients: f64::NAN, floor: 1e-2, zero: 1e-4 };
 
 /// A case of the script's `CASES`.
 #[derive(Clone, Copy)]
@@ -43,6 +42,8 @@ struct Case {
     shape: [usize; 4],
     images: &'static str,
     calm: Option<f64>,
+    /// Largest relative distance of a gradient in f32: 1e-3 where the case is calm, else three times what was measured.
+    f32_gradients: f64,
 }
 
 /// `max |found - expected| / max |expected|`.
@@ -54,6 +55,13 @@ fn distance(found: &[f64], expected: &[f64]) -> f64 {
     apart / largest(&mut expected.iter().map(|e| e.abs()))
 }
 
+/// `||found - expected|| / ||expected||`.
+fn norm_distance(found: &[f64], expected: &[f64]) -> f64 {
+    assert_eq!(found.len(), expected.len(), "number of elements");
+    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
+    norm(&mut found.iter().zip(expected).map(|(f, e)| f - e)) / norm(&mut expected.iter().copied())
+}
+
 /// At most `most` elements, those that `samples` of the script keeps.
 fn samples(tensor: &Tensor, most: usize) -> Vec<f64> {
     let values = values(tensor);
@@ -62,11 +70,11 @@ fn samples(tensor: &Tensor, most: usize) -> Vec<f64> {
 }
 
 fn check(case: Case, dtype: DType) {
-    let Case { name: case, encoder, width, output_stride, shape, images: images_name, calm } = case;
+    let Case { name: case, encoder, width, output_stride, shape, images: images_name, calm, f32_gradients } = case;
     let bound = match (dtype, calm) {
         (DType::F64, _) => F64,
-        (_, Some(_)) => F32,
-        (_, None) => F32_NEAR_KINKS,
+        (_, Some(_)) => Tolerance { gradients: f32_gradients, ..F32 },
+        (_, None) => Tolerance { gradients: f32_gradients, ..F32_NEAR_KINKS },
     };
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/deeplab.safetensors");
     let prefix = format!("{case}/");
@@ -108,7 +116,17 @@ fn check(case: Case, dtype: DType) {
         products.push(along(gradient));
         let key = format!("gradient/{}", p.name);
         if expected.contains_key(&key) {
-            let apart = near(&key, &samples(gradient, 120), bound.gradients);
+            let (found, expected) = (samples(gradient, 120), &expected[&key]);
+            let near_kinks = dtype == DType::F32 && calm.is_none();
+            let apart = if near_kinks { norm_distance(&found, expected) } else { distance(&found, expected) };
+            // Nearly all taps of the pyramid's dilated kernels lie outside these small maps: a dozen samples differ
+            // from 0, and one flip is a large share of them. The whole gradient's norm and product are held below.
+            let few = near_kinks && p.name == "decoder.aspp.2.conv_dw.weight";
+            let allowed = if few { 0.6 } else { bound.gradients };
+            assert!(apart <= allowed, "{case} {dtype:?}, {key}: {apart:.3e} from PyTorch, allowed {allowed:.0e}");
+            if few {
+                continue;
+            }
             worst = worst.max(apart);
         }
     }
@@ -144,6 +162,7 @@ fn resnet18_at_output_stride_8() {
         shape: [3, 3, 64, 96],
         images: "images",
         calm: None,
+        f32_gradients: 2e-2,
     };
     check(case, DType::F64);
     check(case, DType::F32);
@@ -159,6 +178,7 @@ fn resnet34_of_a_quarter_width() {
         shape: [3, 3, 65, 97],
         images: "images",
         calm: None,
+        f32_gradients: 2e-4,
     };
     check(case, DType::F64);
     check(case, DType::F32);
@@ -174,6 +194,7 @@ fn resnet34_in_full() {
         shape: [3, 3, 65, 97],
         images: "images",
         calm: None,
+        f32_gradients: 5e-2,
     };
     check(case, DType::F64);
     check(case, DType::F32);
@@ -189,6 +210,23 @@ fn resnet34_far_from_kinks() {
         shape: [4, 3, 33, 49],
         images: "images/2",
         calm: Some(0.3),
+        f32_gradients: 1e-3,
+    };
+    check(case, DType::F64);
+    check(case, DType::F32);
+}
+
+#[test]
+fn resnet34_in_full_far_from_kinks() {
+    let case = Case {
+        name: "resnet34_full_calm",
+        encoder: "resnet34",
+        width: 1.0,
+        output_stride: 16,
+        shape: [4, 3, 33, 49],
+        images: "images/2",
+        calm: Some(0.3),
+        f32_gradients: 1e-3,
     };
     check(case, DType::F64);
     check(case, DType::F32);
@@ -204,6 +242,7 @@ fn xception65_of_a_quarter_width() {
         shape: [3, 3, 64, 90],
         images: "images",
         calm: None,
+        f32_gradients: 9e-2,
     };
     check(case, DType::F64);
     check(case, DType::F32);
@@ -219,6 +258,7 @@ fn xception65_at_output_stride_8() {
         shape: [3, 3, 65, 97],
         images: "images",
         calm: None,
+        f32_gradients: 9e-2,
     };
     check(case, DType::F64);
     check(case, DType::F32);
@@ -234,6 +274,7 @@ fn xception65_in_full() {
         shape: [3, 3, 65, 97],
         images: "images",
         calm: None,
+        f32_gradients: 9e-2,
     };
     check(case, DType::F64);
     check(case, DType::F32);
@@ -249,6 +290,7 @@ fn xception65_far_from_kinks() {
         shape: [4, 3, 33, 49],
         images: "images/0",
         calm: Some(0.1),
+        f32_gradients: 1e-3,
     };
     check(case, DType::F64);
     check(case, DType::F32);

@@ -266,9 +266,8 @@ mod tests {
                 gemm(MatMut { data: &mut data, rows: m, cols: n, row_stride, col_stride }, lhs, rhs, T::ZERO, T::ONE);
                 for i in 0..m {
                     for j in 0..n {
-                        let at = |x: MatRef<'_, T>, r: usize, c: usize| {
-                            x.data[r * x.row_stride + c * x.col_stride].to_f64()
-                        };
+                        let at =
+                            |x: MatRef<'_, T>, r: usize, c: usize| x.data[r * x.row_stride + c * x.col_stride].to_f64();
                         let expected: f64 = (0..k).map(|l| at(lhs, i, l) * at(rhs, l, j)).sum();
                         let found = data[i * row_stride + j * col_stride].to_f64();
                         assert_eq!(found, expected, "{m} {k} {n} turn {turn}, element ({i}, {j})");

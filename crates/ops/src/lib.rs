@@ -61,8 +61,8 @@ use candle_core::Tensor;
 ///   more than once
 /// - returns `[n, sum c_i, h, w]`
 /// # Gradient
-/// Each map gets its channels of the gradient; one that was passed twice gets the sum of both. Maps that no variable
-/// stands behind get none.
+/// Each map gets its channels of the gradient; one that was passed twice gets the sum of both. Where a
+/// variable stands behind one map, candle forms the others' parts too, which go nowhere.
 /// # Errors
 /// `Shape` when the maps disagree or are not of rank 4; `Config` when there is none, or when their types differ.
 /// # Source

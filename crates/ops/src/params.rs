@@ -205,13 +205,7 @@ impl ParamStore {
     }
 
     /// `tensor` in the store's type and place, or `None` with its difference noted in `mismatch`.
-    fn fitting(
-        &self,
-        name: &str,
-        tensor: &Tensor,
-        shape: &[usize],
-        mismatch: &mut Mismatch,
-    ) -> Result<Option<Tensor>> {
+    fn fitting(&self, name: &str, tensor: &Tensor, shape: &[usize], mismatch: &mut Mismatch) -> Result<Option<Tensor>> {
         if tensor.dims() != shape {
             let (found, expected) = (tensor.dims().to_vec(), shape.to_vec());
             mismatch.shapes.push(ShapeDifference { name: name.to_string(), found, expected });

@@ -1,4 +1,4 @@
-//! Rectifiers, dropout and log-softmax against PyTorch, naive loops, finite differences and laws.
+//! Rectifiers, dropout, log-softmax and concatenation against PyTorch, naive loops, finite differences and laws.
 
 mod reference;
 
@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use reference::{assert_consumers_add, assert_threads_agree, check_case, fixture, value_and_gradient};
 use segdistill_ops::rng::Stream;
 use segdistill_ops::testing::{assert_close, check_gradient, random_f64};
-use segdistill_ops::{Mode, OpsError, Result, dropout, log_softmax, relu, relu6};
+use segdistill_ops::{Mode, OpsError, Result, concat_channels, dropout, log_softmax, relu, relu6};
 
 const TRAIN: Mode = Mode::Train { seed: 3, step: 11 };
 
@@ -146,5 +146,60 @@ fn misuse_is_refused() -> Result<()> {
     assert!(matches!(relu6(&bytes), Err(OpsError::Config { .. })));
     assert!(matches!(log_softmax(&bytes), Err(OpsError::Config { .. })));
     assert!(matches!(dropout(&bytes, 0.5, TRAIN, "head"), Err(OpsError::Config { .. })));
+    Ok(())
+}
+
+#[test]
+fn concatenated_channels_are_the_maps_in_order() -> Result<()> {
+    let (n, h, w) = (2, 3, 4);
+    let maps: Vec<Tensor> = [2usize, 1, 3].iter().map(|&c| random_f64(6, &format!("map {c}"), &[n, c, h, w])).collect();
+    // A view among them.
+    let view = random_f64(6, "view", &[n, 2, w, h]).transpose(2, 3)?;
+    let all = [&maps[0], &maps[1], &view, &maps[2]];
+    let joined = concat_channels(&all)?;
+    assert_eq!(joined.dims(), [n, 8, h, w]);
+    let mut expected = Vec::new();
+    for i in 0..n {
+        for map in all {
+            expected.extend(map.get(i)?.flatten_all()?.to_vec1::<f64>()?);
+        }
+    }
+    assert_eq!(joined.flatten_all()?.to_vec1::<f64>()?, expected);
+    assert!(!joined.track_op(), "no graph on plain tensors");
+    assert_close(&concat_channels(&[&view])?, &view, 0.0, "one map is itself");
+    Ok(())
+}
+
+#[test]
+fn concatenation_gives_each_map_its_part_of_the_gradient() -> Result<()> {
+    let maps: [Tensor; 3] = [1, 2, 3].map(|c| random_f64(7, &format!("map {c}"), &[2, c, 3, 4]));
+    // Squared, so that a gradient handed to the wrong map or pixel cannot be right by chance.
+    check_gradient(&maps, |t| Ok(concat_channels(&[&t[0], &t[1], &t[2]])?.sqr()?), 72, 1e-8)?;
+    // One map passed twice, with another between.
+    check_gradient(&maps[..2], |t| Ok(concat_channels(&[&t[1], &t[0], &t[1]])?.sqr()?), 72, 1e-8)?;
+    // Nobody stands behind the second map.
+    let var = Var::from_tensor(&maps[0])?;
+    let grads = concat_channels(&[&var, &maps[1]])?.sum_all()?.backward()?;
+    assert_close(grads.get(&var).expect("used"), &maps[0].ones_like()?, 0.0, "of a sum");
+    let twice = concat_channels(&[&var, &var])?.sum_all()?.backward()?;
+    assert_close(twice.get(&var).expect("used"), &(maps[0].ones_like()? * 2.0)?, 0.0, "both parts add");
+    Ok(())
+}
+
+#[test]
+fn maps_that_cannot_be_joined_are_refused() -> Result<()> {
+    let map = random_f64(8, "map", &[2, 3, 4, 5]);
+    assert!(matches!(concat_channels(&[]), Err(OpsError::Config { .. })));
+    for shape in [&[1, 3, 4, 5][..], &[2, 3, 5, 5], &[2, 3, 4, 4], &[3, 4, 5], &[2, 3, 4, 5, 1]] {
+        let other = random_f64(8, "other", shape);
+        for maps in [[&map, &other], [&other, &map]] {
+            let error = concat_channels(&maps).unwrap_err();
+            assert!(matches!(error, OpsError::Shape { .. }), "{shape:?}: {error}");
+        }
+        let text = concat_channels(&[&map, &map, &other]).unwrap_err().to_string();
+        assert!(text.contains(&format!("map 2 is {shape:?}")) && text.contains("[2, _, 4, 5]"), "{text}");
+    }
+    let error = concat_channels(&[&map, &map.to_dtype(DType::F32)?]).unwrap_err();
+    assert!(matches!(&error, OpsError::Config { what, .. } if what.contains("F32")), "{error}");
     Ok(())
 }

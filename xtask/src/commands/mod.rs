@@ -90,7 +90,7 @@ const CACHE_BYTES: usize = 512 << 20;
 /// One split that must be there.
 ///
 /// CamVid's train split, which training goes through many times, is decoded once and then kept in memory as far as
-/// [`CACHE_BYTES`] go; its samples are the same. Drawn scenes are cheaper made than kept, and the rest is read once.
+/// [`CACHE_BYTES`] go; its samples are the same.
 pub(crate) fn need_split(data: &DataPlan, split: Split) -> Result<Arc<dyn Dataset>> {
     let dataset = open_split(data, split)?.ok_or_else(|| {
         let why = anyhow::anyhow!(
@@ -121,7 +121,8 @@ mod tests {
                 fs_err::create_dir_all(root.join(format!("{split}annot"))).unwrap();
                 fs_err::create_dir_all(root.join(split)).unwrap();
                 write_png(&root.join(split).join(&name), &RgbImage::filled(4, 6, [value; 3])).unwrap();
-                write_label_png(&root.join(format!("{split}annot")).join(&name), &LabelMap::filled(4, 6, value)).unwrap();
+                write_label_png(&root.join(format!("{split}annot")).join(&name), &LabelMap::filled(4, 6, value))
+                    .unwrap();
                 list += &format!("{split}/{name} {split}annot/{name}\n");
             }
             fs_err::write(root.join(format!("{split}.txt")), list).unwrap();

@@ -61,8 +61,8 @@ fn within_band(expect: &Expect, rows: &[ResultRow]) -> Result<()> {
     let teacher = val("teacher", None);
     let mut missed = Vec::new();
     let mut at_least = |what: &str, found: f64, least: f64| {
-        // Written so that a missing or non-finite score misses too.
-        if least > 0.0 && !(found >= least) {
+        // A missing or non-finite score misses too.
+        if least > 0.0 && (found < least || !found.is_finite()) {
             missed.push(format!("{what} is {found:.4}, expected at least {least:.4}"));
         }
     };

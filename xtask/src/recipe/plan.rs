@@ -100,14 +100,6 @@ impl Plan {
             }
         }
         check_names(&recipe, &methods, &written)?;
-        if let Some(key) =
-            written.iter().find(|k| ["teacher.steps", "teacher.lr", "teacher.seed"].contains(&k.as_str()))
-            && !recipe.teacher.weights.is_empty()
-        {
-            return Err(usage!(
-                "`{key}` is set but the teacher is not trained: teacher.weights is set too\n  hint: take one of them out"
-            ));
-        }
         let teacher = recipe.teacher_stage(n_classes)?;
         let mut students = Vec::new();
         for method in &methods {
@@ -348,7 +340,6 @@ mod tests {
             ("toy", vec!["objectives.cse.terms=[]"], "`cse`"),
             ("toy", vec!["teacher.lr=-1"], "teacher.lr = -1"),
             ("toy", vec!["optim.weight_decay=inf"], "optim.weight_decay = inf"),
-            ("toy", vec!["teacher.weights=x.safetensors", "teacher.steps=3"], "teacher.steps"),
         ] {
             let error = Plan::resolve(&args(recipe, &set)).unwrap_err();
             assert_eq!(crate::exit::code_of(&error), 2, "{error:#}");

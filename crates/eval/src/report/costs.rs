@@ -27,8 +27,7 @@ pub(super) fn cost_rows(report: &Report) -> Vec<Cost> {
         if costs.iter().any(|c| (&c.run, &c.role, &c.method, &c.stage) == key) {
             continue;
         }
-        let same: Vec<_> =
-            report.timings.iter().filter(|r| (&r.run, &r.role, &r.method, &r.stage) == key).collect();
+        let same: Vec<_> = report.timings.iter().filter(|r| (&r.run, &r.role, &r.method, &r.stage) == key).collect();
         let per_step = MeanSd::of(same.iter().filter(|r| r.n_steps > 0).map(|r| 1e3 * r.seconds / r.n_steps as f64));
         costs.push(Cost {
             run: row.run.clone(),

@@ -103,9 +103,8 @@ pub fn gains(report: &Report) -> Vec<Gain> {
 
 fn seeds_better(report: &Report, model: &Model, baseline: &Model, split: &str) -> [usize; 2] {
     let of = |m: &Model, seed: Option<u64>| -> Vec<&ResultRow> {
-        let same = |r: &&ResultRow| {
-            m.is(&r.run, &r.role, &r.method, &r.encoder) && r.split == split && r.miou.is_finite()
-        };
+        let same =
+            |r: &&ResultRow| m.is(&r.run, &r.role, &r.method, &r.encoder) && r.split == split && r.miou.is_finite();
         report.rows.iter().filter(same).filter(|r| seed.is_none_or(|s| r.seed == s)).collect()
     };
     let mut better = [0, 0];
@@ -137,7 +136,8 @@ pub(super) fn headline(report: &Report) -> Option<Headline> {
     };
     let on_selection: Vec<&Gain> = all.iter().filter(|g| g.split == selection).collect();
     // The first of equal ones, so that the page does not depend on how a sort breaks ties.
-    let best_of = |gains: &[&'_ Gain]| gains.iter().copied().reduce(|a, b| if b.gain > a.gain { b } else { a }).cloned();
+    let best_of =
+        |gains: &[&'_ Gain]| gains.iter().copied().reduce(|a, b| if b.gain > a.gain { b } else { a }).cloned();
     let best = best_of(&on_selection)?;
     let run = shown_run(report, &best.run);
     let place = if run.is_empty() { selection.clone() } else { format!("{selection} in run {run}") };

@@ -115,7 +115,10 @@ pub(super) fn absent(report: &Report) -> Vec<String> {
 /// The model of its run that a curve's label names.
 pub(super) fn model_of<'a>(curve: &Curve, models: &'a [Model]) -> Option<&'a Model> {
     let names = |word: &str| {
-        curve.label.strip_prefix(word).is_some_and(|rest| rest.is_empty() || rest.starts_with([' ', '/', ',', '(', ':']))
+        curve
+            .label
+            .strip_prefix(word)
+            .is_some_and(|rest| rest.is_empty() || rest.starts_with([' ', '/', ',', '(', ':']))
     };
     if names("teacher") {
         return models.iter().find(|m| m.run == curve.run && m.role == "teacher");

@@ -236,9 +236,10 @@ pub(super) fn classes(report: &Report) -> Vec<(usize, String)> {
 
 /// IoU of one class over the seeds of one model.
 pub(super) fn class_iou(report: &Report, model: &Model, split: &str, class_idx: usize) -> MeanSd {
-    let rows = report.per_class.iter().filter(|r| {
-        r.class_idx == class_idx && r.split == split && model.is(&r.run, &r.role, &r.method, &r.encoder)
-    });
+    let rows = report
+        .per_class
+        .iter()
+        .filter(|r| r.class_idx == class_idx && r.split == split && model.is(&r.run, &r.role, &r.method, &r.encoder));
     MeanSd::of(rows.filter_map(|r| r.iou))
 }
 

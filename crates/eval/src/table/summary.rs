@@ -44,8 +44,7 @@ pub struct SummaryRow {
 impl SummaryRow {
     /// Whether both rows are of one model (run, role, method and encoder), on whatever split.
     pub fn same_model(&self, other: &SummaryRow) -> bool {
-        (&self.run, &self.role, &self.method, &self.encoder)
-            == (&other.run, &other.role, &other.method, &other.encoder)
+        (&self.run, &self.role, &self.method, &self.encoder) == (&other.run, &other.role, &other.method, &other.encoder)
     }
 }
 

@@ -3,7 +3,13 @@
 //! Let column `x` of `Phi [k, m]` hold `f_a f_b` for `a <= b`, those with `a < b` times `sqrt(2)`; then a squared
 //! cosine is `phi_x . phi_y`. With `P = Phi_t + Phi_s`, `Q = Phi_t - Phi_s` and `A = Q P^T`,
 //! `sum_xy (S^t - S^s)^2 = 1/2 (<P P^T, Q Q^T> + <A, A^T>)` and
-//! `dL/dPhi_s = Q Q^T P + A Q - P P^T Q - A^T P`, in which every term is small when the networks nearly agree.
+//! `dL/dPhi_s = Q Q^T P + A Q - P P^T Q - A^T P`, in which every term holds `Q` and is small when the networks nearly
+//! agree, pixel by pixel.
+//!
+//! That is not every case in which the loss is small. Where the teacher's unit vectors are an orthogonal map of the
+//! student's (two classes exchanged, say), all similarities agree and the loss is 0, but `Q` is not small, and the
+//! terms cancel: what is left is their rounding, below 1e-13 in f64 and 1e-6 in f32, either side of 0, where
+//! differences taken pair by pair ([`super::direct`]) keep more digits.
 //!
 //! `P` and `Q` exist for one block of pixels at a time. They are formed in f64, multiplied in the type of the logits,
 //! and the blocks' products are summed pairwise in f64.

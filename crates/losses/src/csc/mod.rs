@@ -42,7 +42,8 @@ pub struct Csc {
 ///
 /// `L = 1/n * sum_images 1/V^2 * sum_{x,y in V} (S^t_xy - S^s_xy)^2` with `S_xy = (f_x . f_y)^2`, `f_x = z_x / ||z_x||`
 /// over the classes: each similarity is a squared cosine in [0, 1]. `V` is the number of valid pixels of the image,
-/// `h w` where all are. An image without valid pixels adds 0, and is counted in `n`.
+/// `h w` where all are: the loss is the mean over the pairs that count, void or not. An image without valid pixels adds
+/// 0, and is counted in `n`.
 ///
 /// # Shapes
 /// - `student_logits_nchw`, `teacher_logits_nchw`: `[n, c, h, w]`, equal, f32 or f64
@@ -52,14 +53,18 @@ pub struct Csc {
 /// Reaches the student only: the teacher is detached here. Exact in each form. A pixel that does not count moves
 /// nothing, whatever its logits. A pixel whose norm is at most 1e-12 (PyTorch's `normalize` epsilon) has `f = 0`, is
 /// like no pixel, and gets gradient 0. The loss is blind to the sign and length of a pixel's logits, and its gradient
-/// vanishes between orthogonal pixels: it complements a supervised term and does not replace one.
+/// vanishes between orthogonal pixels: it complements a supervised term and does not replace one. It is blind, too, to
+/// an orthogonal map over the classes: a student whose logits are the teacher's with two classes exchanged has loss 0
+/// and gradient 0, up to rounding.
 /// # Errors
 /// `Shape` when student, teacher and mask differ (nothing is resized here); `DType`, also when the two networks'
 /// types differ; `Mask` for a mask value above 1.
 /// # Source
 /// KR102191351B1 (Park and Heo, Sensors 2020, 20, 4616), equations 1 to 5. The normaliser of equation 5 is not known;
-/// `1/V^2`, the mean over pixel pairs, is our reading. Values do not depend on the number of threads. Logits on
-/// another device are brought to the host.
+/// the mean over pixel pairs is our reading. DIFFERENCE: read without void pixels that mean is `1/(h w)^2`, and so the
+/// project first wrote it; with void pixels, `V < h w`, we divide by `V^2`, so that an image's weight does not sink
+/// with its labelled share. Without void pixels the two are equal; otherwise ours is `(h w / V)^2` times the other.
+/// Values do not depend on the number of threads. Logits on another device are brought to the host.
 /// # Example
 /// ```
 /// use candle_core::{DType, Device, Tensor, Var};

@@ -72,6 +72,21 @@ pub(crate) fn as_ops(result: Result<Tensor>) -> segdistill_ops::Result<Tensor> {
     result.map_err(|e| OpsError::config(e.to_string(), "see the loss"))
 }
 
+/// What the system says of this process in MiB: `VmRSS` is its memory now, `VmHWM` the most it ever had. `None` where the
+/// system does not tell.
+#[allow(clippy::disallowed_methods)] // no path to name in an error: absence is an answer
+pub(crate) fn process_mib(field: &str) -> Option<usize> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find(|l| l.starts_with(field))?;
+    line.split_whitespace().nth(1)?.parse::<usize>().ok().map(|kib| kib / 1024)
+}
+
+/// Says what the harness would hide of a test that passes.
+pub(crate) fn say(line: &str) {
+    use std::io::Write;
+    std::io::stderr().write_all(format!("{line}\n").as_bytes()).unwrap();
+}
+
 /// Runs `f` in rayon pools of 1, 2 and 3 threads and asserts that all results are the same, bit for bit.
 pub(crate) fn assert_same_on_all_pools(f: impl Fn() -> (f64, Tensor) + Sync) {
     let runs: Vec<(u64, Vec<u64>)> = [1, 2, 3]

@@ -95,9 +95,15 @@ pub trait Encoder: Send {
     /// Feature maps of normalised images.
     ///
     /// # Shapes
-    /// `[n, 3, h, w]` to maps of the channels and strides of [`EncoderPlan::taps`], sizes rounded up
+    /// - `images_nchw`: `[n, 3, h, w]`, normalised by [`EncoderPlan::normalisation`]
+    /// - returns maps of the channels and strides of [`EncoderPlan::taps`], sizes rounded up
+    /// # Gradient
+    /// Reaches every parameter of a trainable store, and the images; running statistics get none.
     /// # Errors
-    /// `Ops` when an operation refuses the images.
+    /// `Ops(Shape)` when the images are not of this shape, or in training when a channel of some map has a single
+    /// value.
+    /// # Source
+    /// That of the plan: [`ResNetPlan`], [`XceptionPlan`].
     fn forward(&self, images_nchw: &Tensor, mode: Mode) -> Result<EncoderOutput>;
 }
 

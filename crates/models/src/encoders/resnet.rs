@@ -35,6 +35,13 @@ impl BlockShape {
 }
 
 /// A ResNet of basic blocks before it has weights.
+///
+/// # Shapes
+/// Images `[n, 3, h, w]` to `low` `[n, 64, ceil(h / 4), ceil(w / 4)]` and `high` `[n, 512, ceil(h / s), ceil(w / s)]`
+/// at output stride `s`, channels times the width multiplier
+/// # Source
+/// He et al. 2016, section 4.1 and table 1; names and stem of torchvision's `resnet18` and `resnet34`, dilation of
+/// segmentation_models.pytorch. DIFFERENCE: no global pooling and no classifier.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ResNetPlan {
     output_stride: usize,

@@ -48,6 +48,9 @@ impl BlockShape {
 }
 
 /// An aligned Xception before it has weights.
+///
+/// # Source
+/// Chen et al. 2018 (DeepLabv3+), figure 4; names of timm's `xception65`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct XceptionPlan {
     output_stride: usize,
@@ -61,6 +64,13 @@ impl XceptionPlan {
     /// A block that would step beyond the output stride keeps stride 1; the blocks after it are dilated by what was
     /// saved. Output stride 16: dilation 2 in the last block. Output stride 8: 2 from the first middle block on, 4 in
     /// the last.
+    ///
+    /// # Shapes
+    /// Images `[n, 3, h, w]` to `low` `[n, 256, ceil(h / 4), ceil(w / 4)]` and `high`
+    /// `[n, 2048, ceil(h / s), ceil(w / s)]` at output stride `s`, channels times the width multiplier
+    /// # Source
+    /// Chen et al. 2018 (DeepLabv3+), figure 4; timm's `xception65`. DIFFERENCE: `low` is taken before the ReLU where
+    /// timm's tap lies after it, as DeepLab's own code does; no global pooling and no classifier.
     pub fn xception65(options: EncoderOptions) -> Self {
         let entry = [([128; 3], 2), ([256; 3], 2), ([728; 3], 2)];
         let middle = [([728; 3], 1); 16];

@@ -7,6 +7,15 @@ use super::conv::{Conv2d, ConvShape};
 use crate::error::Result;
 
 /// Batch normalisation; parameters `weight` and `bias`, buffers `running_mean` and `running_var`.
+///
+/// `y = (x - mean) / sqrt(var + eps) * weight + bias` for each channel, see [`segdistill_ops::batch_norm`].
+///
+/// # Shapes
+/// The four tensors are `[c]`; maps are `[n, c, h, w]`.
+/// # Gradient
+/// Reaches input, `weight` and `bias`; the running statistics are buffers and get none.
+/// # Source
+/// Ioffe and Szegedy 2015; PyTorch `torch.nn.BatchNorm2d`. DIFFERENCE: no `num_batches_tracked`, nothing reads it.
 #[derive(Clone, Debug)]
 pub struct BatchNorm2d {
     gamma_c: Tensor,
@@ -37,9 +46,11 @@ impl BatchNorm2d {
     /// # Shapes
     /// `[n, c, h, w]` to the same
     /// # Gradient
-    /// Reaches input, scale and shift.
+    /// Reaches input, scale and shift; in training through the batch's statistics too.
     /// # Errors
-    /// `Ops` when the channels differ, or in training when a channel has a single value.
+    /// `Ops(Shape)` when the channels differ, or in training when a channel has a single value.
+    /// # Source
+    /// As [`BatchNorm2d`].
     pub fn forward(&self, x_nchw: &Tensor, mode: Mode) -> Result<Tensor> {
         let (mean, var) = (&self.running_mean_c, &self.running_var_c);
         Ok(batch_norm(x_nchw, &self.gamma_c, &self.beta_c, mean, var, self.config, mode)?)
@@ -62,10 +73,17 @@ impl ConvBn {
         Ok(Self { conv: Conv2d::new(shape, conv)?, bn: BatchNorm2d::new(shape.n_out, config, bn)? })
     }
 
-    /// `BN(conv(x))`; shapes as [`Conv2d::forward`].
+    /// `BN(conv(x))`.
     ///
+    /// # Shapes
+    /// `[n, n_in, h, w]` to `[n, n_out, h', w']`, sizes as [`ConvShape::output_hw`]
+    /// # Gradient
+    /// Reaches the input and the parameters of both; a bias of the convolution would get 0 in training, since the
+    /// normalisation takes it away again.
     /// # Errors
-    /// As the two.
+    /// `Ops(Shape)` when the channels differ, or in training when a channel has a single value.
+    /// # Source
+    /// Ioffe and Szegedy 2015, section 3.2: between convolution and activation, the bias left out.
     pub fn forward(&self, x_nchw: &Tensor, mode: Mode) -> Result<Tensor> {
         self.bn.forward(&self.conv.forward(x_nchw)?, mode)
     }
@@ -89,10 +107,16 @@ impl ConvBnRelu {
         Ok(Self(ConvBn::new(shape, config, conv, bn)?))
     }
 
-    /// `max(BN(conv(x)), 0)`; shapes as [`Conv2d::forward`].
+    /// `max(BN(conv(x)), 0)`.
     ///
+    /// # Shapes
+    /// `[n, n_in, h, w]` to `[n, n_out, h', w']`, sizes as [`ConvShape::output_hw`]
+    /// # Gradient
+    /// Reaches the input and the parameters of both, 0 where the output is 0.
     /// # Errors
-    /// As the two.
+    /// As [`ConvBn::forward`].
+    /// # Source
+    /// As [`ConvBn::forward`].
     pub fn forward(&self, x_nchw: &Tensor, mode: Mode) -> Result<Tensor> {
         Ok(relu(&self.0.forward(x_nchw, mode)?)?)
     }

@@ -71,12 +71,15 @@ impl SeparableConv {
         })
     }
 
-    /// `act(BN(pointwise(act(BN(depthwise(x))))))`.
+    /// `act(BN(pointwise(act(BN(depthwise(x))))))`, `act` being ReLU or nothing.
     ///
     /// # Shapes
-    /// `[n, n_in, h, w]` to `[n, n_out, h', w']`
+    /// `[n, n_in, h, w]` to `[n, n_out, h', w']`, sizes as [`ConvShape::output_hw`] of the depthwise part
+    /// # Gradient
+    /// Reaches the input and every parameter. Without ReLU the shift of the first normalisation gets 0 in training:
+    /// the second one takes it away again.
     /// # Errors
-    /// As convolution and normalisation.
+    /// As [`ConvBn::forward`].
     /// # Source
     /// Chen et al. 2018 (DeepLabv3+), section 3.2: normalisation and ReLU also between the two parts.
     pub fn forward(&self, x_nchw: &Tensor, mode: Mode) -> Result<Tensor> {
