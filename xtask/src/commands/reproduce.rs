@@ -158,22 +158,30 @@ struct Cost {
     step: f64,
 }
 
-/// Times a forward and a backward of two crops, after a first that warms up.
+/// Times a training step of a few crops: the fastest of three after one that warms up, or the second where steps are slow.
 fn measure(stage: &Stage, device: &Device) -> Result<Cost> {
-    const IMAGES: usize = 2;
+    const SLOW: f64 = 5.0;
     let store = ParamStore::trainable(0, DType::F32, device);
     let network = build(&stage.model, &store)?;
     let [h, w] = stage.input.crop;
+    let n_images = stage.batch_size.min(4);
     let mut stream = Stream::new(0, "dry-run", &[]);
-    let values: Vec<f32> = (0..IMAGES * 3 * h * w).map(|_| stream.unit() as f32).collect();
-    let images = Tensor::from_vec(values, (IMAGES, 3, h, w), device)?;
-    let (mut forward, mut step) = (0.0, 0.0);
-    for round in 0..2 {
+    let values: Vec<f32> = (0..n_images * 3 * h * w).map(|_| stream.unit() as f32).collect();
+    let images = Tensor::from_vec(values, (n_images, 3, h, w), device)?;
+    let (mut forward, mut step) = (f64::INFINITY, f64::INFINITY);
+    for round in 0..4 {
         let clock = Instant::now();
         let logits = network.forward(&images, Mode::Train { seed: 0, step: round })?.logits_nchw;
-        forward = clock.elapsed().as_secs_f64() / IMAGES as f64;
+        let there = clock.elapsed().as_secs_f64();
         logits.sqr()?.mean_all()?.backward()?;
-        step = clock.elapsed().as_secs_f64() / IMAGES as f64;
+        let back = clock.elapsed().as_secs_f64();
+        if round > 0 {
+            forward = forward.min(there / n_images as f64);
+            step = step.min(back / n_images as f64);
+        }
+        if round > 0 && back > SLOW {
+            break;
+        }
     }
     Ok(Cost { params: network.info().n_parameters, macs: macs(&stage.model, stage.input.size)?, forward, step })
 }
