@@ -53,13 +53,13 @@ pub(crate) struct RecipeArgs {
     /// Recipe name (toy, camvid, camvid-quick) or a TOML file
     #[arg(long, default_value = "toy", value_name = "NAME|FILE")]
     pub(crate) recipe: String,
-    /// Folder of the data set; default: $SEGDISTILL_DATA_DIR/<data set>
+    /// Folder of the data set; default: $SEGDISTILL_DATA_DIR/NAME
     #[arg(long, value_name = "DIR")]
     pub(crate) data_root: Option<PathBuf>,
     /// Change one key of the recipe, such as optim.lr=0.02 or student.width=0.5; may be repeated
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub(crate) set: Vec<String>,
-    /// Run folder; default: runs/<recipe>
+    /// Run folder; default: runs/ and the recipe's name
     #[arg(long, value_name = "DIR")]
     pub(crate) out: Option<PathBuf>,
     /// Seeds, one student each
@@ -198,7 +198,7 @@ pub(crate) struct DatasetArgs {
     /// Data set: camvid or street-scenes
     #[arg(long, value_name = "NAME")]
     pub(crate) dataset: String,
-    /// Folder of the data set; default: $SEGDISTILL_DATA_DIR/<data set>
+    /// Folder of the data set; default: $SEGDISTILL_DATA_DIR/NAME
     #[arg(long, value_name = "DIR")]
     pub(crate) data_root: Option<PathBuf>,
     /// Splits; default: all
