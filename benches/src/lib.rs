@@ -1,38 +1,30 @@
-//! What the benchmarks share: the allocator of the program, inputs without randomness, and the least of several runs.
+//! Benchmarks at the real shapes of segmentation networks, each answer checked before it is timed, beside PyTorch.
+//!
+//! [`catalogue`] lists what is run; [`workload`] makes a case ready on our side, `peers/*.py` on PyTorch's. [`worker`] and
+//! `peers/peer.py` speak one [`protocol`]; [`contest`] runs both in turn, round by round, each in a process of its own,
+//! so that peak memory belongs to one side. [`results`] holds the figures, [`report`] writes them, [`plot`] draws the
+//! growth of CSC. `cargo xtask bench` is the command; `cargo bench -p segdistill-benches` runs our side alone.
+//!
+//! What does not live here: arguments, progress bars and exit codes (`xtask`), and any test that depends on time.
 #![forbid(unsafe_code)]
+// `!(a <= b)` holds for NaN too, and a check must not let one pass.
+#![allow(clippy::neg_cmp_op_on_partial_ord)]
 
-use std::time::Instant;
+pub mod case;
+pub mod catalogue;
+pub mod contest;
+mod error;
+pub mod fill;
+pub mod layers;
+pub mod machine;
+pub mod memory;
+pub mod peak;
+pub mod plot;
+pub mod process;
+pub mod protocol;
+pub mod report;
+pub mod results;
+pub mod worker;
+pub mod workload;
 
-use candle_core::{DType, Device, Result, Tensor};
-
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
-/// Values of a slow wave over `shape`, f32, in [-1, 1].
-///
-/// # Errors
-/// `Candle` when the tensor cannot be made.
-pub fn wave(shape: &[usize]) -> Result<Tensor> {
-    let n = shape.iter().product::<usize>();
-    Tensor::arange(0u32, n as u32, &Device::Cpu)?.to_dtype(DType::F32)?.affine(1.7, 0.3)?.sin()?.reshape(shape)
-}
-
-/// Seconds of the fastest of at least three runs, about a second in all.
-///
-/// # Errors
-/// The first error of `run`.
-pub fn least(mut run: impl FnMut() -> Result<()>) -> Result<f64> {
-    let (mut best, begun, mut runs) = (f64::INFINITY, Instant::now(), 0);
-    while runs < 3 || (begun.elapsed().as_secs_f64() < 1.0 && runs < 200) {
-        let start = Instant::now();
-        run()?;
-        best = best.min(start.elapsed().as_secs_f64());
-        runs += 1;
-    }
-    Ok(best)
-}
-
-/// The first argument that is no flag of cargo's: a part of the names to run.
-pub fn filter() -> String {
-    std::env::args().skip(1).find(|a| !a.starts_with("--")).unwrap_or_default()
-}
+pub use error::{BenchError, Result};

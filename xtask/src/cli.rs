@@ -41,10 +41,23 @@ pub(crate) enum Command {
     /// List and describe networks
     #[command(subcommand)]
     Models(Models),
+    /// Time every operation and whole steps, beside PyTorch
+    Bench(Bench),
     /// Check the repository's own rules: crate arrows, module docs, machine paths, file sizes
     Tidy,
     /// What continuous integration runs: formatting, clippy, tidy, tests, documentation
     Ci,
+}
+
+/// Where to run.
+#[derive(Clone, Debug, Default, Args)]
+pub(crate) struct DeviceArgs {
+    /// Where to run: cpu or cuda:N; default: cuda:0 if this program was built for CUDA and the machine has one, else cpu
+    #[arg(long, value_name = "DEVICE")]
+    pub(crate) device: Option<String>,
+    /// On CUDA, let products of f32 numbers use TF32 tensor cores: faster, with 10 bits of mantissa
+    #[arg(long)]
+    pub(crate) tf32: bool,
 }
 
 /// Which recipe, with what changed.
@@ -68,9 +81,8 @@ pub(crate) struct RecipeArgs {
     /// Objectives of the student, such as ce,csc+ce
     #[arg(long, value_delimiter = ',', value_name = "M,M")]
     pub(crate) methods: Option<Vec<String>>,
-    /// Where to run: cpu or cuda:N
-    #[arg(long, default_value = "cpu", value_name = "DEVICE")]
-    pub(crate) device: String,
+    #[command(flatten)]
+    pub(crate) device: DeviceArgs,
 }
 
 #[derive(Debug, Args)]
@@ -141,9 +153,8 @@ pub(crate) struct Eval {
     /// Folder for summary.json, per_class.csv, confusion.csv and a report page; nothing is written without it
     #[arg(long, value_name = "DIR")]
     pub(crate) out: Option<PathBuf>,
-    /// Where to run: cpu or cuda:N
-    #[arg(long, default_value = "cpu", value_name = "DEVICE")]
-    pub(crate) device: String,
+    #[command(flatten)]
+    pub(crate) device: DeviceArgs,
     /// Print the scores as JSON on stdout
     #[arg(long)]
     pub(crate) json: bool,
@@ -167,9 +178,8 @@ pub(crate) struct Predict {
     /// Also write the logits at image resolution, one tensor an image
     #[arg(long, value_name = "FILE.safetensors")]
     pub(crate) save_logits: Option<PathBuf>,
-    /// Where to run: cpu or cuda:N
-    #[arg(long, default_value = "cpu", value_name = "DEVICE")]
-    pub(crate) device: String,
+    #[command(flatten)]
+    pub(crate) device: DeviceArgs,
     /// Print what was written as JSON on stdout
     #[arg(long)]
     pub(crate) json: bool,
@@ -240,6 +250,65 @@ pub(crate) enum Data {
         #[arg(long, default_value_t = 8, value_name = "N")]
         count: usize,
     },
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  cargo xtask bench --list                                       what there is
+  cargo xtask bench --filter resnet34/encoder.layer1             ours alone
+  cargo xtask bench --peer .venv/bin/python --filter conv-dense  beside PyTorch, round by round
+  cargo xtask bench --peer .venv/bin/python --json run.json --record benches/record
+  cargo xtask bench --from run.json --plot docs/images/csc-growth.svg
+
+Ratios are our time over the peer's fastest layout of the same precision: below 1 we are faster. Keep the machine
+quiet: both sides want every core.")]
+pub(crate) struct Bench {
+    /// A Python with torch, to compare with; without it only our side runs
+    #[arg(long, value_name = "PYTHON")]
+    pub(crate) peer: Option<PathBuf>,
+    /// Part of a case's name, or a group such as conv-depthwise; may be repeated
+    #[arg(long, value_name = "NAME")]
+    pub(crate) filter: Vec<String>,
+    /// Print the cases and stop
+    #[arg(long)]
+    pub(crate) list: bool,
+    /// Rounds of each case; the sides take turns, and the median counts
+    #[arg(long, default_value_t = 5, value_name = "N")]
+    pub(crate) rounds: usize,
+    /// Least milliseconds of a round: short cases run many times in it
+    #[arg(long, default_value_t = 200.0, value_name = "MS", hide = true)]
+    pub(crate) round_ms: f64,
+    /// Arithmetic of our convolutions: f32, or bf16 where the processor has it
+    #[arg(long, default_value = "f32", value_name = "f32|bf16")]
+    pub(crate) precision: String,
+    /// Layouts the peer runs
+    #[arg(long, value_delimiter = ',', default_value = "nchw,nhwc,bf16", value_name = "L,L")]
+    pub(crate) layouts: Vec<String>,
+    /// Threads on both sides; default: RAYON_NUM_THREADS, else every core
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<usize>,
+    /// Longest wait for one answer of either side, in seconds
+    #[arg(long, default_value_t = 600, value_name = "SECONDS")]
+    pub(crate) timeout: u64,
+    /// Write every figure and raw round as JSON
+    #[arg(long, value_name = "FILE")]
+    pub(crate) json: Option<PathBuf>,
+    /// Read earlier figures instead of measuring; several files are joined, the later ones win
+    #[arg(long, value_name = "FILE")]
+    pub(crate) from: Vec<PathBuf>,
+    /// Write the record DIR/<processor>/<date>.md
+    #[arg(long, value_name = "DIR")]
+    pub(crate) record: Option<PathBuf>,
+    /// Date of the record; default: today, UTC
+    #[arg(long, value_name = "YYYY-MM-DD")]
+    pub(crate) date: Option<String>,
+    /// Draw time and memory of the CSC forms over the number of pixels
+    #[arg(long, value_name = "FILE.svg")]
+    pub(crate) plot: Option<PathBuf>,
+    /// Be the process that is measured
+    #[arg(long, hide = true)]
+    pub(crate) worker: bool,
 }
 
 #[derive(Debug, Subcommand)]

@@ -47,6 +47,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Report(args) => commands::report::run(&args),
         Command::Data(args) => commands::data::run(&args),
         Command::Models(args) => commands::models::run(&args),
+        Command::Bench(args) => commands::bench::run(&args),
         Command::Tidy => commands::tidy::run(),
         Command::Ci => commands::ci::run(),
     }

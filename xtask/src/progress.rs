@@ -62,6 +62,11 @@ impl Progress {
         }
     }
 
+    /// A line of the results, on stdout, past the bar.
+    pub(crate) fn print(&self, text: &str) {
+        self.bar.suspend(|| println!("{text}"));
+    }
+
     fn line(&self, text: &str) {
         let rate = self.done.saturating_sub(self.skipped) as f64 / self.started.elapsed().as_secs_f64().max(1e-9);
         let left = (self.total.saturating_sub(self.done)) as f64 / rate.max(1e-9);

@@ -221,6 +221,7 @@ fn environment(plan: &Plan) -> serde_json::Value {
         "cores": std::thread::available_parallelism().map_or(1, |n| n.get()),
         "threads": std::env::var("RAYON_NUM_THREADS").ok(),
         "device": plan.device,
+        "tf32": plan.tf32,
         "started_unix": started,
     })
 }

@@ -54,10 +54,12 @@ fn assert_refused(args: &[&str], code: i32, said: &[&str]) {
 fn help_names_every_command_with_examples() {
     let help = xtask_writing_nothing(&["--help"]);
     assert_eq!(help.code, 0);
-    for word in ["reproduce", "train", "eval", "predict", "report", "data", "models", "tidy", "ci", "Examples:"] {
+    for word in
+        ["reproduce", "train", "eval", "predict", "report", "data", "models", "bench", "tidy", "ci", "Examples:"]
+    {
         assert!(help.stdout.contains(word), "{word}");
     }
-    let commands: [&[&str]; 10] = [
+    let commands: [&[&str]; 11] = [
         &["reproduce"],
         &["train"],
         &["eval"],
@@ -68,6 +70,7 @@ fn help_names_every_command_with_examples() {
         &["data", "preview"],
         &["models", "list"],
         &["models", "describe"],
+        &["bench"],
     ];
     for command in commands {
         let help = xtask_writing_nothing(&[command, &["--help"]].concat());

@@ -3,15 +3,15 @@
 use std::sync::OnceLock;
 
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Shape, Tensor};
-use rayon::prelude::*;
+use segdistill_ops::{pixel_runs, vectorised};
 
 use crate::error::{LossError, Result};
-use crate::host::{Real, pixel_runs, slice, with_slice};
+use crate::host::{Real, slice, with_slice};
 use crate::mask::{logits_dims, place, read_map, read_valid};
 
 const LOSS: &str = "cross_entropy";
-/// Pixels of one task.
-const RUN: usize = 4096;
+/// Pixels of one task: the logits of a dozen classes stay in a level 2 cache.
+const RUN: usize = 2048;
 
 /// Settings of [`cross_entropy`].
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -38,7 +38,8 @@ pub struct CrossEntropy {
 /// pixel; `Mask` for a mask value above 1; `Config` for weights of the wrong number, negative or not finite.
 /// # Source
 /// The weighted mean of PyTorch's `nn.CrossEntropyLoss(weight, ignore_index)`, checked against its values and
-/// gradients. Values do not depend on the number of threads. Logits on another device are brought to the host.
+/// gradients. Values do not depend on the number of threads. On CUDA the map stays on
+/// the device, its targets are prepared on the host.
 /// # Example
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -77,6 +78,12 @@ pub fn cross_entropy(
         total_weight += weight;
         targets.push(Some(label));
     }
+    #[cfg(feature = "cuda")]
+    if logits_nchw.device().is_cuda() {
+        let targets: Vec<i16> = targets.iter().map(|target| target.map_or(-1, i16::from)).collect();
+        return segdistill_ops::cuda::cross_entropy(logits_nchw, &targets, &class_weights, total_weight)
+            .map_err(LossError::from_ops);
+    }
     let batch = Batch { n, c, m: h * w, targets, class_weights, total_weight };
     let logits = logits_nchw.to_device(&Device::Cpu)?.contiguous()?;
     let loss = match logits.dtype() {
@@ -109,97 +116,91 @@ struct Batch {
     total_weight: f64,
 }
 
-/// The softmax of each counted pixel, up to the exponentials: `softmax_c = exp(z_c - peak) / sum`.
-struct Statistics<T> {
-    peak: Vec<T>,
-    sum: Vec<T>,
-}
-
 struct Fused<T> {
     batch: Batch,
-    statistics: OnceLock<Statistics<T>>,
+    /// Largest logit and sum of exponentials of each pixel, `[n, 2, m]`: `softmax_c = exp(z_c - peak) / sum`.
+    statistics: OnceLock<Vec<T>>,
 }
 
 impl<T: Real> Fused<T> {
-    fn forward(&self, logits: &[T]) -> (f64, Statistics<T>) {
+    fn forward(&self, logits: &[T]) -> (f64, Vec<T>) {
         let Batch { n, c, m, targets, class_weights, total_weight } = &self.batch;
         let (c, m) = (*c, *m);
-        let mut peak = vec![T::zero(); n * m];
-        let mut sum = vec![T::zero(); n * m];
-        // The runs of an image start anew at each image, so that an item's runs do not depend on its neighbours.
-        let pieces: Vec<_> =
-            pixel_runs(&mut peak, 1, m, RUN).into_iter().zip(pixel_runs(&mut sum, 1, m, RUN)).collect();
-        let partial: Vec<f64> = pieces
-            .into_par_iter()
-            .map(|(mut peaks, mut sums)| {
-                let (start, len) = (peaks.start, peaks.len());
-                let row = |channel: usize| &logits[(peaks.image * c + channel) * m + start..][..len];
-                let targets = &targets[peaks.image * m + start..][..len];
-                let (peak, sum) = (&mut *peaks.rows[0], &mut *sums.rows[0]);
-                peak.copy_from_slice(row(0));
-                for channel in 1..c {
-                    for (p, &z) in peak.iter_mut().zip(row(channel)) {
-                        *p = if z > *p { z } else { *p };
+        let (statistics, partial) = pixel_runs([*n, 2, m], RUN, |image, start, rows| {
+            let [peak, sum] = rows else { unreachable!("two rows were asked for") };
+            let len = peak.len();
+            let row = |channel: usize| &logits[(image * c + channel) * m + start..][..len];
+            let mut logs = vec![T::zero(); len];
+            vectorised(
+                #[inline(always)]
+                || {
+                    peak.copy_from_slice(row(0));
+                    for channel in 1..c {
+                        for (p, &z) in peak.iter_mut().zip(row(channel)) {
+                            *p = if z > *p { z } else { *p };
+                        }
                     }
-                }
-                for channel in 0..c {
-                    for ((s, &p), &z) in sum.iter_mut().zip(&*peak).zip(row(channel)) {
-                        *s += (z - p).exp();
+                    for channel in 0..c {
+                        for ((s, &p), &z) in sum.iter_mut().zip(&**peak).zip(row(channel)) {
+                            *s += (z - p).exp();
+                        }
                     }
-                }
-                let mut loss = 0.0;
-                for (i, target) in targets.iter().enumerate() {
-                    if let Some(class) = target.map(usize::from) {
-                        let margin = peak[i] - row(class)[i];
-                        loss += class_weights[class] * (margin.wide() + sum[i].wide().ln());
+                    for (log, &s) in logs.iter_mut().zip(&**sum) {
+                        *log = s.ln();
                     }
+                },
+            );
+            let mut loss = 0.0;
+            for (i, target) in targets[image * m + start..][..len].iter().enumerate() {
+                if let Some(class) = target.map(usize::from) {
+                    let margin = peak[i] - row(class)[i];
+                    loss += class_weights[class] * (margin.wide() + logs[i].wide());
                 }
-                loss
-            })
-            .collect();
+            }
+            loss
+        });
         let loss = if *total_weight > 0.0 { partial.iter().sum::<f64>() / *total_weight } else { 0.0 };
-        (loss, Statistics { peak, sum })
+        (loss, statistics)
     }
 
-    fn backward(&self, logits: &[T], statistics: &Statistics<T>, grad_loss: f64) -> Vec<T> {
+    fn backward(&self, logits: &[T], statistics: &[T], grad_loss: f64) -> Vec<T> {
         let Batch { n, c, m, targets, class_weights, total_weight } = &self.batch;
         let (c, m) = (*c, *m);
-        let mut grad = vec![T::zero(); n * c * m];
         if *total_weight <= 0.0 {
-            return grad;
+            return vec![T::zero(); *n * c * m];
         }
-        pixel_runs(&mut grad, c, m, RUN).into_par_iter().for_each(|mut run| {
-            let (image, start, len) = (run.image, run.start, run.len());
-            let at = image * m + start;
-            let targets = &targets[at..][..len];
-            let peak = &statistics.peak[at..][..len];
-            // A pixel's factor is its share of the mean over its sum of exponentials.
-            let factors: Vec<T> = targets
-                .iter()
-                .zip(&statistics.sum[at..][..len])
-                .map(|(target, sum)| match target {
-                    Some(class) => {
-                        T::narrow(grad_loss * class_weights[usize::from(*class)] / (total_weight * sum.wide()))
+        // What a counted pixel of a class adds to the mean.
+        let shares: Vec<f64> = class_weights.iter().map(|weight| grad_loss * weight / total_weight).collect();
+        let fill = |image: usize, start: usize, rows: &mut [&mut [T]]| {
+            let len = rows[0].len();
+            let row = |k: usize| &statistics[(image * 2 + k) * m + start..][..len];
+            let (peak, sum) = (row(0), row(1));
+            let targets = &targets[image * m + start..][..len];
+            let factor = |(target, sum): (&Option<u8>, &T)| match target {
+                Some(class) => T::narrow(shares[usize::from(*class)] / sum.wide()),
+                None => T::zero(),
+            };
+            let factors: Vec<T> = targets.iter().zip(sum).map(factor).collect();
+            vectorised(
+                #[inline(always)]
+                || {
+                    for (channel, row) in rows.iter_mut().enumerate() {
+                        let z = &logits[(image * c + channel) * m + start..][..len];
+                        for (((g, &z), &p), &factor) in row.iter_mut().zip(z).zip(peak).zip(&factors) {
+                            let value = factor * (z - p).exp();
+                            // Not multiplied out for void pixels: their logits may be anything, NaN included.
+                            *g = if factor == T::zero() { T::zero() } else { value };
+                        }
                     }
-                    None => T::zero(),
-                })
-                .collect();
-            for (channel, row) in run.rows.iter_mut().enumerate() {
-                let z = &logits[(image * c + channel) * m + start..][..len];
-                for i in 0..len {
-                    // Not multiplied out for void pixels: their logits may be anything, NaN included.
-                    if targets[i].is_some() {
-                        row[i] = factors[i] * (z[i] - peak[i]).exp();
-                    }
-                }
-            }
+                },
+            );
             for (i, target) in targets.iter().enumerate() {
                 if let Some(class) = target.map(usize::from) {
-                    run.rows[class][i] -= T::narrow(grad_loss * class_weights[class] / total_weight);
+                    rows[class][i] -= T::narrow(shares[class]);
                 }
             }
-        });
-        grad
+        };
+        pixel_runs([*n, c, m], RUN, fill).0
     }
 }
 

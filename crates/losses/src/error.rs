@@ -88,6 +88,14 @@ impl LossError {
     ) -> Self {
         Self::Shape { loss, found: found.into(), expected: expected.into(), hint }
     }
+    /// What an operation refused after the loss had checked its arguments.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn from_ops(error: segdistill_ops::OpsError) -> Self {
+        match error {
+            segdistill_ops::OpsError::Candle(error) => Self::Candle(error),
+            other => Self::Candle(candle_core::Error::Msg(other.to_string())),
+        }
+    }
     /// A [`LossError::Config`].
     pub fn config(what: impl Into<String>, hint: &'static str) -> Self {
         Self::Config { what: what.into(), hint }

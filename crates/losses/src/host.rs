@@ -4,13 +4,12 @@
 //! so that a value does not depend on the number of threads.
 
 use candle_core::{CpuStorage, Layout, Storage, Tensor};
-use segdistill_ops::{MatMut, MatRef, gemm};
+use segdistill_ops::{MatMut, MatRef, Transcendental, gemm};
 
 /// f32 or f64: the types that the fused losses compute in.
-pub(crate) trait Real: candle_core::WithDType {
+pub(crate) trait Real: Transcendental {
     fn wide(self) -> f64;
     fn narrow(value: f64) -> Self;
-    fn exp(self) -> Self;
     /// `dst = lhs * rhs` on the calling thread.
     fn product(dst: MatMut<'_, Self>, lhs: MatRef<'_, Self>, rhs: MatRef<'_, Self>);
 }
@@ -25,10 +24,6 @@ macro_rules! real {
             #[inline(always)]
             fn narrow(value: f64) -> Self {
                 value as $t
-            }
-            #[inline(always)]
-            fn exp(self) -> Self {
-                <$t>::exp(self)
             }
             fn product(dst: MatMut<'_, Self>, lhs: MatRef<'_, Self>, rhs: MatRef<'_, Self>) {
                 gemm(dst, lhs, rhs, 0.0, 1.0);

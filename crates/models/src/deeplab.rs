@@ -16,7 +16,8 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
 use segdistill_ops::{
-    BatchNormConfig, Init, Mode, ParamStore, Scope, adaptive_avg_pool2d, concat_channels, dropout, resize_bilinear,
+    BatchNormConfig, Init, Mode, ParamStore, Scope, adaptive_avg_pool2d, batch_norm, concat_channels, dropout,
+    resize_bilinear,
 };
 
 use crate::encoders::{Encoder, EncoderOptions, EncoderPlan, EncoderTaps, Normalisation, plan as encoder_plan};
@@ -171,14 +172,9 @@ impl DeepLabPlan {
         let encoder = self.encoder.build(&store.root().pp("encoder"))?;
         let at = store.root().pp("decoder");
         let (aspp, fuse) = (at.pp("aspp"), at.pp("fuse"));
-        let constant = |values: [f64; 3]| -> Result<Tensor> {
-            let values = Tensor::from_slice(&values, (1, 3, 1, 1), &Device::Cpu)?;
-            Ok(values.to_dtype(store.dtype())?.to_device(store.device())?)
-        };
         let dropout_name = at.pp("dropout").path().to_string();
         Ok(DeepLab {
-            mean: constant(info.mean)?,
-            std: constant(info.std)?,
+            normalisation: ImageNormalisation::new(&info, store.dtype(), store.device())?,
             dtype: store.dtype(),
             encoder,
             pointwise: conv_bn_relu(self.pointwise, &aspp.pp(0))?,
@@ -208,11 +204,41 @@ fn input_error(spec: &ModelSpec, found: String) -> ModelError {
     }
 }
 
+/// `(rgb - mean) / std` of images: what batch normalisation is in evaluation, with constants, in one pass.
+struct ImageNormalisation {
+    mean_c: Tensor,
+    inverse_std_c: Tensor,
+    zero_c: Tensor,
+    /// `1 - EPS`, so that the variance and what is added to it make exactly 1.
+    var_c: Tensor,
+}
+
+impl ImageNormalisation {
+    /// 2^-20: `1 - EPS` has an exact value in every float type of at least 20 bits.
+    const EPS: f64 = 1.0 / 1_048_576.0;
+
+    fn new(info: &ModelInfo, dtype: DType, device: &Device) -> Result<Self> {
+        let constant = |values: [f64; 3]| -> Result<Tensor> {
+            Ok(Tensor::from_slice(&values, 3, &Device::Cpu)?.to_dtype(dtype)?.to_device(device)?)
+        };
+        Ok(Self {
+            mean_c: constant(info.mean)?,
+            inverse_std_c: constant(info.std.map(f64::recip))?,
+            zero_c: constant([0.0; 3])?,
+            var_c: constant([1.0 - Self::EPS; 3])?,
+        })
+    }
+
+    fn forward(&self, images_nchw: &Tensor) -> segdistill_ops::Result<Tensor> {
+        let cfg = BatchNormConfig { eps: Self::EPS, momentum: 0.0 };
+        batch_norm(images_nchw, &self.inverse_std_c, &self.zero_c, &self.mean_c, &self.var_c, cfg, Mode::Eval)
+    }
+}
+
 /// A DeepLabV3+ with weights.
 pub(crate) struct DeepLab {
     info: ModelInfo,
-    mean: Tensor,
-    std: Tensor,
+    normalisation: ImageNormalisation,
     dtype: DType,
     encoder: Box<dyn Encoder>,
     pointwise: ConvBnRelu,
@@ -232,21 +258,23 @@ impl DeepLab {
             [n, 3, h, w] if n > 0 && sides.contains(&h) && sides.contains(&w) => {}
             _ => return Err(input_error(&self.info.spec, format!("{:?}", images_nchw.dims()))),
         }
-        let images_nchw = images_nchw.to_dtype(self.dtype)?;
-        Ok(images_nchw.broadcast_sub(&self.mean)?.broadcast_div(&self.std)?)
+        Ok(self.normalisation.forward(&images_nchw.to_dtype(self.dtype)?)?)
     }
 
     fn pyramid(&self, high_nchw: &Tensor, mode: Mode) -> Result<Tensor> {
         let (_, _, h, w) = high_nchw.dims4()?;
-        let image = self.pooled.forward(&adaptive_avg_pool2d(high_nchw, [1, 1])?, mode)?;
-        let branches = [
-            self.pointwise.forward(high_nchw, mode)?,
-            self.dilated[0].forward(high_nchw, mode)?,
-            self.dilated[1].forward(high_nchw, mode)?,
-            self.dilated[2].forward(high_nchw, mode)?,
-            resize_bilinear(&image, [h, w], true)?,
-        ];
-        self.project.forward(&concat_channels(&branches.each_ref())?, mode)
+        let branches = {
+            let image = self.pooled.forward(&adaptive_avg_pool2d(high_nchw, [1, 1])?, mode)?;
+            let branches = [
+                self.pointwise.forward(high_nchw, mode)?,
+                self.dilated[0].forward(high_nchw, mode)?,
+                self.dilated[1].forward(high_nchw, mode)?,
+                self.dilated[2].forward(high_nchw, mode)?,
+                resize_bilinear(&image, [h, w], true)?,
+            ];
+            concat_channels(&branches.each_ref())?
+        };
+        self.project.forward(&branches, mode)
     }
 }
 
@@ -254,15 +282,20 @@ impl Segmenter for DeepLab {
     fn forward(&self, images_nchw: &Tensor, mode: Mode) -> Result<SegOutput> {
         let maps = self.encoder.forward(&self.normalised(images_nchw)?, mode)?;
         let aspp = self.pyramid(&maps.high_nchw, mode)?;
-        let dropped = dropout(&aspp, self.info.spec.dropout, mode, &self.dropout_name)?;
 
-        let low = self.low.forward(&maps.low_nchw, mode)?;
-        let (_, _, h, w) = low.dims4()?;
-        // The convolutions sample at whole multiples of their stride, from the first pixel on: aligned corners fit
-        // that exactly for sizes 1 + k * stride and closely for others.
-        let raised = resize_bilinear(&dropped, [h, w], true)?;
-        let fused = self.fuse[0].forward(&concat_channels(&[&raised, &low])?, mode)?;
+        // Without a graph each map is gone as soon as the next one is there.
+        let joined = {
+            let dropped = dropout(&aspp, self.info.spec.dropout, mode, &self.dropout_name)?;
+            let low = self.low.forward(&maps.low_nchw, mode)?;
+            let (_, _, h, w) = low.dims4()?;
+            // The convolutions sample at whole multiples of their stride, from the first pixel on: aligned corners fit
+            // that exactly for sizes 1 + k * stride and closely for others.
+            concat_channels(&[&resize_bilinear(&dropped, [h, w], true)?, &low])?
+        };
+        let fused = self.fuse[0].forward(&joined, mode)?;
+        drop(joined);
         let decoder = self.fuse[1].forward(&fused, mode)?;
+        drop(fused);
         let logits_nchw = self.classifier.forward(&decoder)?;
 
         let features =

@@ -10,6 +10,10 @@ use crate::segmenter::{SegOutput, Segmenter, build};
 use crate::spec::{ModelInfo, ModelSpec};
 
 /// A network over plain tensors: no variable, no graph, no gradient, always [`Mode::Eval`].
+///
+/// Batch normalisation is folded into the convolutions when it is built, and ReLU and residual sum are part of them, so
+/// that it runs faster than [`build`]'s network; both give the same to rounding (1e-5 of the largest value in f32,
+/// 1e-12 in f64, logits and features alike).
 pub struct Frozen {
     model: Box<dyn Segmenter>,
 }

@@ -43,7 +43,8 @@ pub trait Segmenter: Send {
 /// Builds the network of `spec` with its tensors in `store`, trainable or frozen.
 ///
 /// Of a frozen store every tensor is asked for; what was missing or wrong is told by
-/// [`ParamStore::finish`](segdistill_ops::ParamStore::finish). [`Frozen`](crate::Frozen) does both in one step.
+/// [`ParamStore::finish`](segdistill_ops::ParamStore::finish). [`Frozen`](crate::Frozen) does both in one step. Over a
+/// frozen store normalisations are folded into the convolutions, and training is refused.
 ///
 /// # Errors
 /// `Unknown` and `Setting` as [`ModelSpec::validate`]; `Ops(Config)` when the store holds a network already.

@@ -163,7 +163,8 @@ fn a_frozen_network_gives_the_same_and_records_nothing() {
         let expected = model.forward(&input, Mode::Eval).unwrap();
         assert!(expected.logits_nchw.track_op());
         let out = frozen.forward(variable.as_tensor()).unwrap();
-        assert_eq!(values(&out.logits_nchw), values(&expected.logits_nchw));
+        let apart = relative_error(&out.logits_nchw, &expected.logits_nchw).unwrap();
+        assert!(apart < 1e-5, "{}: {apart:.3e}", spec.encoder);
         for (name, map) in out.features.iter().chain([(&"logits", &out.logits_nchw)]) {
             assert!(!map.track_op() && !map.is_variable(), "{name} of {}", spec.encoder);
         }
@@ -178,6 +179,41 @@ fn a_frozen_network_gives_the_same_and_records_nothing() {
         let later = frozen.forward(&input).unwrap();
         assert_eq!(values(&later.logits_nchw), values(&out.logits_nchw), "{}", spec.encoder);
     }
+}
+
+#[test]
+fn folding_the_normalisation_changes_nothing_but_rounding() {
+    // All maps that leave the network, taps before a ReLU included, at two widths and both output strides.
+    for spec in specs() {
+        for (width, output_stride) in [(0.125, 16), (0.25, 8)] {
+            let spec = ModelSpec { width, output_stride, ..spec.clone() };
+            for (dtype, tolerance) in [(DType::F64, 1e-12), (DType::F32, 1e-5)] {
+                let (store, model) = filled_network(&spec, dtype, None);
+                let frozen = Frozen::new(&spec, store.tensors(), dtype, &Device::Cpu).unwrap();
+                let input = images("images", &[2, 3, 45, 64], dtype);
+                let (live, folded) = (model.forward(&input, Mode::Eval).unwrap(), frozen.forward(&input).unwrap());
+                let maps = folded.features.iter().map(|(name, map)| (*name, map, &live.features[name]));
+                for (name, folded, live) in maps.chain([("logits", &folded.logits_nchw, &live.logits_nchw)]) {
+                    let apart = relative_error(folded, live).unwrap();
+                    assert!(apart < tolerance, "{name} of {} at {width}, {dtype:?}: {apart:.3e}", spec.encoder);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn training_over_a_frozen_store_is_refused() {
+    let spec = small("resnet18");
+    let (store, _) = filled_network(&spec, DType::F32, None);
+    let frozen = ParamStore::frozen(store.tensors(), DType::F32, &Device::Cpu).unwrap();
+    let model = build(&spec, &frozen).unwrap();
+    frozen.finish().unwrap();
+    let input = images("images", &[2, 3, 48, 64], DType::F32);
+    assert!(model.forward(&input, Mode::Eval).is_ok());
+    let error = model.forward(&input, TRAIN).unwrap_err();
+    assert!(matches!(&error, ModelError::Ops(OpsError::Config { .. })), "{error}");
+    assert!(error.to_string().contains("folded into the convolutions"), "{error}");
 }
 
 #[test]

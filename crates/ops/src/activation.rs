@@ -1,9 +1,13 @@
 //! Rectifiers with PyTorch's gradient at the kinks.
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor, WithDType};
 
-use crate::cpu::{Element, check_cpu_float, for_float, par_chunks, slice_of, vectorised, with_slice};
+use crate::cpu::{Element, check_float, for_float, par_chunks, slice_of, vectorised, with_slice};
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::error::Result;
 use crate::planes::CHUNK;
 
@@ -14,7 +18,7 @@ use crate::planes::CHUNK;
 /// # Gradient
 /// 1 where `x > 0`, else 0: at exactly 0 it is 0, as in PyTorch (candle's own gives 1).
 /// # Errors
-/// `Config` for another element type or a tensor that is not on the CPU.
+/// `Config` for another element type or a device without kernels.
 /// # Source
 /// PyTorch `torch.nn.functional.relu`.
 /// # Example
@@ -37,7 +41,7 @@ pub fn relu(x: &Tensor) -> Result<Tensor> {
 /// # Gradient
 /// 1 where `0 < x < 6`, else 0: at exactly 0 and 6 it is 0, as in PyTorch.
 /// # Errors
-/// `Config` for another element type or a tensor that is not on the CPU.
+/// `Config` for another element type or a device without kernels.
 /// # Source
 /// PyTorch `torch.nn.functional.relu6`.
 pub fn relu6(x: &Tensor) -> Result<Tensor> {
@@ -45,7 +49,7 @@ pub fn relu6(x: &Tensor) -> Result<Tensor> {
 }
 
 fn rectify(x: &Tensor, op: Rectifier) -> Result<Tensor> {
-    check_cpu_float(op.name, &[x])?;
+    check_float(op.name, &[x])?;
     Ok(x.contiguous()?.apply_op1(op)?)
 }
 
@@ -95,8 +99,23 @@ impl CustomOp1 for Rectifier {
         })
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        let ceiling = self.ceiling.unwrap_or(f64::INFINITY);
+        let out = for_float!(self.name, x.dtype(), T => cuda::rectify::<T>(self.name, x, layout, ceiling))?;
+        Ok((out, layout.shape().clone()))
+    }
+
     fn bwd(&self, _x: &Tensor, result: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
         let grad = grad.contiguous()?;
+        #[cfg(feature = "cuda")]
+        if grad.device().is_cuda() {
+            let ceiling = self.ceiling.unwrap_or(f64::NAN);
+            let out = for_float!(self.name, grad.dtype(), T => {
+                cuda::rectify_grad::<T>(self.name, result, &grad, ceiling)
+            });
+            return out.map(Some);
+        }
         for_float!(self.name, grad.dtype(), T => {
             let out = with_slice::<T, _>(self.name, result, |y| {
                 with_slice::<T, _>(self.name, &grad, |g| Ok(self.backward(y, g)))

@@ -12,7 +12,7 @@ use candle_core::{CpuStorage, DType, Layout, Tensor};
 use rayon::prelude::*;
 
 use crate::error::{OpsError, Result};
-pub(crate) use crate::gemm::Element;
+pub(crate) use crate::gemm::{Element, Scratch};
 
 /// Runs `$body` with the type name `$T` bound to `f32` or `f64`, whichever `$dtype` is.
 ///
@@ -34,16 +34,24 @@ macro_rules! for_float {
 }
 pub(crate) use for_float;
 
-/// Refuses tensors that a CPU kernel cannot take: another device, a type other than f32 and f64, or two types at once.
+/// Refuses tensors that the kernels of an operation cannot take: on different devices, on one without kernels, of a type
+/// other than f32 and f64, or of two types at once.
 ///
 /// # Errors
 /// `Config`, naming `op` and what was found.
-pub(crate) fn check_cpu_float(op: &'static str, tensors: &[&Tensor]) -> Result<()> {
+pub(crate) fn check_float(op: &'static str, tensors: &[&Tensor]) -> Result<()> {
     for tensor in tensors {
-        if !tensor.device().is_cpu() {
+        let (here, first) = (tensor.device(), tensors[0].device());
+        if !(here.is_cpu() || cfg!(feature = "cuda") && here.is_cuda()) {
             return Err(OpsError::config(
-                format!("{op}: custom op has no CUDA kernel yet, tensor on {:?}", tensor.device().location()),
-                "move the tensors to the CPU",
+                format!("{op}: no kernel for {:?} in this build", here.location()),
+                "build with --features cuda,cudnn, or move the tensors to the CPU",
+            ));
+        }
+        if !here.same_device(first) {
+            return Err(OpsError::config(
+                format!("{op}: found {:?} beside {:?}", here.location(), first.location()),
+                "move every tensor to one device; `device::open_cuda` gives the same one each time",
             ));
         }
         if !matches!(tensor.dtype(), DType::F32 | DType::F64) {
@@ -117,10 +125,10 @@ pub(crate) fn par_chunks<T: Element>(len: usize, chunk_len: usize, fill: impl Fn
 /// there.
 ///
 /// A call inside `f` gets a buffer of its own (which is not kept).
-pub(crate) fn with_scratch<T: Element, R>(len: usize, f: impl FnOnce(&mut [T]) -> R) -> R {
+pub(crate) fn with_scratch<T: Scratch, R>(len: usize, f: impl FnOnce(&mut [T]) -> R) -> R {
     let mut buffer = T::scratch().take();
     if buffer.len() < len {
-        buffer.resize(len, T::ZERO);
+        buffer.resize(len, T::default());
     }
     let result = f(&mut buffer[..len]);
     T::scratch().replace(buffer);
@@ -172,7 +180,7 @@ impl<'a, T> Shared<'a, T> {
 /// The kernel must inline (a closure does); `a * b + c` stays two roundings everywhere, so the bits are the same for
 /// every processor.
 #[inline(always)]
-pub(crate) fn vectorised<R>(kernel: impl FnOnce() -> R) -> R {
+pub fn vectorised<R>(kernel: impl FnOnce() -> R) -> R {
     #[cfg(target_arch = "x86_64")]
     {
         #[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx2,fma")]

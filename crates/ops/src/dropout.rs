@@ -1,10 +1,14 @@
 //! Dropout whose mask is a function of (seed, layer name, step).
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor, WithDType};
 use rayon::prelude::*;
 
-use crate::cpu::{Element, check_cpu_float, for_float, par_chunks, slice_of, vectorised, with_slice};
+use crate::cpu::{Element, check_float, for_float, par_chunks, slice_of, vectorised, with_slice};
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::error::{OpsError, Result};
 use crate::mode::Mode;
 use crate::planes::CHUNK;
@@ -26,7 +30,7 @@ const BITS: usize = u64::BITS as usize;
 /// # Gradient
 /// `keep / (1 - p)`, the mask of the forward pass.
 /// # Errors
-/// `Config` when `p` lies outside [0, 1), for another element type or a tensor that is not on the CPU.
+/// `Config` when `p` lies outside [0, 1), for another element type or a device without kernels.
 /// # Source
 /// Srivastava et al. 2014; scaled in training as in PyTorch `torch.nn.functional.dropout`.
 pub fn dropout(x: &Tensor, p: f64, mode: Mode, name: &str) -> Result<Tensor> {
@@ -40,7 +44,7 @@ pub fn dropout(x: &Tensor, p: f64, mode: Mode, name: &str) -> Result<Tensor> {
     if p == 0.0 {
         return Ok(x.clone());
     }
-    check_cpu_float(NAME, &[x])?;
+    check_float(NAME, &[x])?;
     let stream = Stream::new(seed, &format!("dropout/{name}"), &[step]);
     let op = Dropout { keep: keep_bits(&stream, x.elem_count(), p), scale: 1.0 / (1.0 - p) };
     Ok(x.contiguous()?.apply_op1(op)?)
@@ -94,8 +98,19 @@ impl CustomOp1 for Dropout {
         })
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        let out = for_float!(NAME, x.dtype(), T => cuda::keep_scaled::<T>(NAME, x, layout, &self.keep, self.scale))?;
+        Ok((out, layout.shape().clone()))
+    }
+
     fn bwd(&self, _x: &Tensor, _result: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
         let grad = grad.contiguous()?;
+        #[cfg(feature = "cuda")]
+        if grad.device().is_cuda() {
+            // The operation is linear: its backward is itself.
+            return grad.apply_op1_no_bwd(self).map(Some);
+        }
         for_float!(NAME, grad.dtype(), T => {
             let out = with_slice::<T, _>(NAME, &grad, |g| Ok(self.apply(g)))?;
             Ok(Some(Tensor::from_vec(out, grad.shape(), grad.device())?))

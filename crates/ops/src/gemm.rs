@@ -8,8 +8,8 @@ mod sealed {
     use std::cell::RefCell;
     use std::thread::LocalKey;
 
-    /// Closes [`Element`](super::Element) and gives each element type one buffer a thread.
-    pub trait Sealed: Sized + 'static {
+    /// Closes [`Element`](super::Element) and gives each type of panel element one buffer a thread.
+    pub trait Sealed: Copy + Default + Send + Sync + 'static {
         fn scratch() -> &'static LocalKey<RefCell<Vec<Self>>>;
     }
 
@@ -25,7 +25,10 @@ mod sealed {
     }
     seal!(f32);
     seal!(f64);
+    // Pairs of bf16.
+    seal!(u32);
 }
+pub(crate) use sealed::Sealed as Scratch;
 
 /// The element types that the kernels of this crate compute in: `f32` and `f64`.
 pub trait Element: WithDType + sealed::Sealed {

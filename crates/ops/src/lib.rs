@@ -25,83 +25,43 @@
 //! What does not live here: networks, losses, anything that knows a class, a file format of a data set or a step.
 
 mod activation;
+mod combine;
+mod concat;
 mod conv;
 mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
+pub mod device;
 mod dropout;
 mod error;
 mod gemm;
+mod kernels;
+mod math;
 mod mode;
 mod norm;
 pub mod params;
 mod planes;
 mod pool;
+mod precision;
 mod resize;
 pub mod rng;
 mod softmax;
 pub mod testing;
 
 pub use activation::{relu, relu6};
-pub use conv::{Conv2dConfig, conv2d};
+pub use combine::combine_in_place;
+pub use concat::concat_channels;
+pub use conv::{Conv2dConfig, conv2d, conv2d_fused};
+pub use cpu::vectorised;
 pub use dropout::dropout;
 pub use error::{DTypeDifference, Mismatch, OpsError, Result, ShapeDifference};
 pub use gemm::{Element, MatMut, MatRef, gemm};
+pub use math::Transcendental;
 pub use mode::Mode;
-pub use norm::{BatchNormConfig, batch_norm};
+pub use norm::{BatchNormConfig, batch_norm, batch_norm_act};
 pub use params::{Init, NamedParam, ParamKind, ParamStore, Scope};
+pub use planes::pixel_runs;
 pub use pool::{Pool2dConfig, adaptive_avg_pool2d, avg_pool2d, max_pool2d};
+pub use precision::Precision;
 pub use resize::{resize_bilinear, resize_nearest};
 pub use softmax::log_softmax;
-
-use candle_core::Tensor;
-
-/// Concatenates maps along the channel axis: `out[n, c_0 + .. + c_{i-1} + k, y, x] = map_i[n, k, y, x]`.
-///
-/// # Shapes
-/// - `maps_nchw`: `[n, c_i, h, w]` each, one `n`, `h`, `w` and element type for all, any strides; one map may come
-///   more than once
-/// - returns `[n, sum c_i, h, w]`
-/// # Gradient
-/// Each map gets its channels of the gradient; one that was passed twice gets the sum of both. Where a
-/// variable stands behind one map, candle forms the others' parts too, which go nowhere.
-/// # Errors
-/// `Shape` when the maps disagree or are not of rank 4; `Config` when there is none, or when their types differ.
-/// # Source
-/// PyTorch `torch.cat(maps, dim=1)`. candle's own operation, with shapes told apart before.
-/// # Example
-/// ```
-/// use candle_core::{Device, Tensor};
-/// let (a, b) = (Tensor::new(&[[[[1f32, 2.0]]]], &Device::Cpu)?, Tensor::new(&[[[[3f32, 4.0]]]], &Device::Cpu)?);
-/// let joined = segdistill_ops::concat_channels(&[&a, &b])?;
-/// assert_eq!(joined.flatten_all()?.to_vec1::<f32>()?, [1.0, 2.0, 3.0, 4.0]);
-/// # Ok::<(), segdistill_ops::OpsError>(())
-/// ```
-pub fn concat_channels(maps_nchw: &[&Tensor]) -> Result<Tensor> {
-    let Some(first) = maps_nchw.first() else {
-        return Err(OpsError::config("concat_channels needs at least one map", "pass the maps to join"));
-    };
-    let grid = |map: &Tensor| match *map.dims() {
-        [n, _, h, w] => Some([n, h, w]),
-        _ => None,
-    };
-    let expected = match grid(first) {
-        Some([n, h, w]) => format!("[{n}, _, {h}, {w}]"),
-        None => "[n, c, h, w]".to_string(),
-    };
-    for (i, map) in maps_nchw.iter().enumerate() {
-        if grid(map).is_none() || grid(map) != grid(first) {
-            return Err(OpsError::shape(
-                "concat_channels",
-                format!("map {i} is {:?}", map.dims()),
-                expected,
-                "resize the maps to one grid first",
-            ));
-        }
-        if map.dtype() != first.dtype() {
-            return Err(OpsError::config(
-                format!("concat_channels: map {i} is {:?} beside {:?}", map.dtype(), first.dtype()),
-                "give every map one type",
-            ));
-        }
-    }
-    Ok(Tensor::cat(maps_nchw, 1)?)
-}

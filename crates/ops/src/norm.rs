@@ -1,14 +1,20 @@
-//! Batch normalisation.
+//! Batch normalisation, alone or with the addition and the rectifier that follow it.
+//!
+//! The operation and its place in the graph live here, the loops over memory in `cpu`.
+
+mod cpu;
 
 use std::sync::{Arc, OnceLock};
 
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Shape, Tensor, WithDType};
 
-use crate::cpu::{Element, check_cpu_float, for_float, slice_of, vectorised, with_slice};
+use crate::cpu::{check_float, for_float, slice_of, with_slice};
 use crate::error::{OpsError, Result};
+use crate::gemm::Element;
 use crate::mode::Mode;
-use crate::planes::{dims_nchw, par_groups, sum_of, sum_pairs};
+use crate::planes::dims_nchw;
+use cpu::{Gradients, Kernel, Moments};
 
 const NAME: &str = "batch_norm";
 
@@ -31,8 +37,8 @@ impl Default for BatchNormConfig {
 ///
 /// `Train` takes mean and biased variance of the batch over (n, h, w), m elements a channel, and moves the running
 /// statistics: `running = (1 - momentum) * running + momentum * batch`, where the batch's variance is the unbiased one
-/// (divided by m - 1). `Eval` takes the running statistics and changes nothing. Statistics are formed in f64 whatever
-/// the element type.
+/// (divided by m - 1). `Eval` takes the running statistics and changes nothing. Of f32 maps, blocks of a few thousand
+/// elements are summed in f32 around their own mean and joined in f64: the statistics carry no error of the mean's size.
 ///
 /// # Shapes
 /// - `x_nchw`: `[n, c, h, w]`, f32 or f64; the four others: `[c]`, of the same type
@@ -45,7 +51,7 @@ impl Default for BatchNormConfig {
 /// # Errors
 /// `Shape` when ranks or channel counts differ, or in `Train` when m = 1 (the unbiased variance does not exist);
 /// `Config` when `eps <= 0`, when `momentum` lies outside [0, 1], for running statistics inside a graph, for mixed or
-/// other element types, or for tensors that are not on the CPU.
+/// other element types, or for a device without kernels.
 /// # Source
 /// Ioffe and Szegedy 2015; PyTorch `torch.nn.functional.batch_norm`. Partial variances merge as in Chan et al. 1979.
 pub fn batch_norm(
@@ -57,7 +63,52 @@ pub fn batch_norm(
     cfg: BatchNormConfig,
     mode: Mode,
 ) -> Result<Tensor> {
-    check_cpu_float(NAME, &[x_nchw, gamma_c, beta_c, running_mean_c, running_var_c])?;
+    batch_norm_act(x_nchw, gamma_c, beta_c, running_mean_c, running_var_c, None, false, cfg, mode)
+}
+
+/// [`batch_norm`] with what usually follows it, in the same passes over memory: `act(batch_norm(x) + residual)`.
+///
+/// `act` is `max(y, 0)` with `relu`, else nothing; without a residual nothing is added. Forward reads x twice (the second
+/// time from cache where a channel fits) and writes the result once; backward reads x, result and gradient twice and
+/// writes each gradient once. The graph keeps x and the result, nothing in between.
+///
+/// # Shapes
+/// - those of [`batch_norm`]; `residual_nchw`: `[n, c, h, w]`, of the same type
+/// - returns `[n, c, h, w]`
+/// # Gradient
+/// That of the composition, with [`relu`](crate::relu)'s: 0 where the result is 0. The residual gets what passed the
+/// rectifier.
+/// # Errors
+/// Those of [`batch_norm`]; `Shape` when the residual's shape is not that of x.
+/// # Source
+/// Ioffe and Szegedy 2015, and the order of He et al. 2016: normalisation, sum, rectifier.
+/// # Example
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use segdistill_ops::{BatchNormConfig, Mode, batch_norm_act};
+/// # fn main() -> segdistill_ops::Result<()> {
+/// let x = Tensor::new(&[[[[-2f32, 4.0]]]], &Device::Cpu)?;
+/// let [one, zero] = [1f32, 0.0].map(|v| Tensor::new(&[v], &Device::Cpu).expect("a tensor of one value"));
+/// let cfg = BatchNormConfig { eps: 1e-12, ..BatchNormConfig::default() };
+/// // Mean 0, variance 1: x itself, plus x, at least 0.
+/// let y = batch_norm_act(&x, &one, &zero, &zero, &one, Some(&x), true, cfg, Mode::Eval)?;
+/// assert_eq!(y.flatten_all()?.to_vec1::<f32>()?, [0.0, 8.0]);
+/// # Ok(())
+/// # }
+/// ```
+pub fn batch_norm_act(
+    x_nchw: &Tensor,
+    gamma_c: &Tensor,
+    beta_c: &Tensor,
+    running_mean_c: &Tensor,
+    running_var_c: &Tensor,
+    residual_nchw: Option<&Tensor>,
+    relu: bool,
+    cfg: BatchNormConfig,
+    mode: Mode,
+) -> Result<Tensor> {
+    let tensors = [x_nchw, gamma_c, beta_c, running_mean_c, running_var_c, residual_nchw.unwrap_or(x_nchw)];
+    check_float(NAME, &tensors)?;
     let [n, c, h, w] = dims_nchw(NAME, x_nchw)?;
     for (what, t) in
         [("gamma", gamma_c), ("beta", beta_c), ("running_mean", running_mean_c), ("running_var", running_var_c)]
@@ -71,6 +122,14 @@ pub fn batch_norm(
             ));
         }
     }
+    if let Some(residual) = residual_nchw.filter(|r| r.dims() != x_nchw.dims()) {
+        return Err(OpsError::shape(
+            NAME,
+            format!("residual {:?} for x {:?}", residual.dims(), x_nchw.dims()),
+            format!("residual {:?}", x_nchw.dims()),
+            "project the residual to the channels and the grid of x first",
+        ));
+    }
     if !(cfg.eps > 0.0 && (0.0..=1.0).contains(&cfg.momentum)) {
         return Err(OpsError::config(
             format!(
@@ -82,7 +141,8 @@ pub fn batch_norm(
     }
     let saved = Arc::new(OnceLock::new());
     let m = n * h * w;
-    let op = BatchNorm { n, c, hw: h * w, eps: cfg.eps, batch: mode.is_train(), statistics: saved.clone() };
+    let kernel = Kernel { n, c, hw: h * w, eps: cfg.eps, batch: mode.is_train(), relu };
+    let op = BatchNorm { kernel, statistics: saved.clone() };
     if mode.is_train() {
         if m == 1 {
             return Err(OpsError::shape(
@@ -98,13 +158,28 @@ pub fn batch_norm(
                 "take them from the store as ParamKind::Buffer, or detach them",
             ));
         }
-    } else {
+    }
+    #[cfg(feature = "cuda")]
+    if x_nchw.device().is_cuda() {
+        let tensors = [x_nchw, gamma_c, beta_c, running_mean_c, running_var_c];
+        let BatchNormConfig { eps, momentum } = cfg;
+        return crate::cuda::batch_norm_act(tensors, residual_nchw, relu, eps, momentum, mode.is_train());
+    }
+    if !mode.is_train() {
         let values = |t: &Tensor| -> Result<Vec<f64>> { Ok(t.detach().to_dtype(DType::F64)?.to_vec1()?) };
         let (means, variances) = (values(running_mean_c)?, values(running_var_c)?);
         let given = means.into_iter().zip(variances).map(|(mean, variance)| Moments { mean, variance }).collect();
         saved.set(given).expect("the cell was made above");
     }
-    let out = x_nchw.contiguous()?.apply_op3(&gamma_c.contiguous()?, &beta_c.contiguous()?, op)?;
+    let x_nchw = x_nchw.contiguous()?;
+    let out = match residual_nchw {
+        None => x_nchw.apply_op3(&gamma_c.contiguous()?, &beta_c.contiguous()?, op)?,
+        Some(residual) => {
+            // An operation has three arguments at most: scale and shift go as one.
+            let affine_2c = Tensor::stack(&[gamma_c, beta_c], 0)?;
+            x_nchw.apply_op3(&affine_2c, &residual.contiguous()?, WithResidual(op))?
+        }
+    };
     if mode.is_train() {
         let moments: &Vec<Moments> = saved.get().expect("the forward pass above set the statistics");
         let unbiased = m as f64 / (m - 1) as f64;
@@ -123,116 +198,32 @@ fn blend(running: &Tensor, momentum: f64, new: impl Iterator<Item = f64>) -> Res
     Ok(running.slice_set(&blended, 0, 0)?)
 }
 
-/// Mean and biased variance of a channel.
-#[derive(Clone, Copy, Debug)]
-struct Moments {
-    mean: f64,
-    variance: f64,
-}
-
+/// Arguments x, gamma and beta.
 struct BatchNorm {
-    n: usize,
-    c: usize,
-    hw: usize,
-    eps: f64,
-    /// Whether the statistics are the batch's (formed by the forward pass, differentiated by the backward pass).
-    batch: bool,
+    kernel: Kernel,
+    /// Of each channel; the running ones from the start, or the batch's once the forward pass formed them.
     statistics: Arc<OnceLock<Vec<Moments>>>,
 }
 
-/// Elements of a block whose mean and spread are formed in the innermost cache, before blocks are merged.
-const BLOCK: usize = 4096;
-
-/// Mean and biased variance over the planes of a channel: two passes inside a block, blocks merged in order.
-#[inline(always)]
-fn moments<'a, T: Element>(planes: impl Iterator<Item = &'a [T]>) -> Moments {
-    let (mut count, mut mean, mut spread) = (0.0, 0.0, 0.0);
-    for block in planes.flat_map(|plane| plane.chunks(BLOCK)) {
-        let n = block.len() as f64;
-        let block_mean = sum_of(block, T::to_f64) / n;
-        let block_spread = sum_of(block, |x| (x.to_f64() - block_mean) * (x.to_f64() - block_mean));
-        let (total, delta) = (count + n, block_mean - mean);
-        spread += block_spread + delta * delta * (count * n / total);
-        mean += delta * (n / total);
-        count = total;
-    }
-    Moments { mean, variance: spread / count }
-}
-
 impl BatchNorm {
-    fn inverse_std(&self, s: Moments) -> f64 {
-        1.0 / (s.variance + self.eps).sqrt()
-    }
-
-    /// Plane of image `i` in channel `c`.
-    fn plane<'a, T>(&self, x: &'a [T], i: usize, c: usize) -> &'a [T] {
-        &x[(i * self.c + c) * self.hw..][..self.hw]
-    }
-
-    fn forward<T: Element>(&self, x: &[T], gamma: &[T], beta: &[T]) -> Vec<T> {
-        let given = self.statistics.get();
-        let (out, statistics) = self.channels(|c, out: &mut [&mut [T]]| {
-            vectorised(|| {
-                let s = match given {
-                    Some(given) => given[c],
-                    None => moments((0..self.n).map(|i| self.plane(x, i, c))),
-                };
-                let (mean, beta) = (T::from_f64(s.mean), beta[c]);
-                let slope = T::from_f64(self.inverse_std(s) * gamma[c].to_f64());
-                for (i, out) in out.iter_mut().enumerate() {
-                    for (out, &x) in out.iter_mut().zip(self.plane(x, i, c)) {
-                        // The mean first: `x * slope + shift` would cancel where the mean is large beside the spread.
-                        *out = (x - mean) * slope + beta;
-                    }
-                }
-                s
-            })
-        });
-        // Only the first forward pass of an op finds the cell empty.
-        let _ = self.statistics.set(statistics);
+    fn forward<T: Element>(&self, x: &[T], gamma: &[T], beta: &[T], residual: Option<&[T]>) -> Vec<T> {
+        let (out, statistics) = self.kernel.forward(x, gamma, beta, residual, self.statistics.get().map(Vec::as_slice));
+        if let Some(statistics) = statistics {
+            // Only the first forward pass of an op finds the cell empty.
+            let _ = self.statistics.set(statistics);
+        }
         out
     }
 
-    /// `fill(channel, planes of the channel, one an image)`, a task a channel.
-    fn channels<T: Element, R: Send>(&self, fill: impl Fn(usize, &mut [&mut [T]]) -> R + Sync) -> (Vec<T>, Vec<R>) {
-        par_groups(self.n * self.c * self.hw, self.hw, self.hw, self.c, |plane, _| plane % self.c, fill)
-    }
-
-    /// Gradients of x, gamma and beta. With `xc = x - mean`, `s = 1 / std`:
-    /// `dbeta = sum g`, `dgamma = s * sum g * xc`, and `dx = gamma * s * (g - [dbeta / m + xc * s * dgamma / m])`, the
-    /// bracket in training only.
-    fn backward<T: Element>(&self, x: &[T], gamma: &[T], grad: &[T]) -> (Vec<T>, Vec<T>, Vec<T>) {
+    fn backward<T: Element>(&self, x: &[T], gamma: &[T], result: &[T], grad: &[T], residual: bool) -> Gradients<T> {
         let statistics = self.statistics.get().expect("the forward pass set the statistics");
-        let m = (self.n * self.hw) as f64;
-        let (dx, sums) = self.channels(|c, out: &mut [&mut [T]]| {
-            vectorised(|| {
-                let (mean, inverse_std) = (statistics[c].mean, self.inverse_std(statistics[c]));
-                let (mut sum_g, mut sum_g_xc) = (0.0, 0.0);
-                for i in 0..self.n {
-                    let (x, g) = (self.plane(x, i, c), self.plane(grad, i, c));
-                    sum_g += sum_of(g, T::to_f64);
-                    sum_g_xc += sum_pairs(x, g, |x, g| (x.to_f64() - mean) * g.to_f64());
-                }
-                let slope = inverse_std * gamma[c].to_f64();
-                let (level, tilt) = if self.batch {
-                    (slope * sum_g / m, slope * inverse_std * inverse_std * sum_g_xc / m)
-                } else {
-                    (0.0, 0.0)
-                };
-                let (mean, slope, level, tilt) =
-                    (T::from_f64(mean), T::from_f64(slope), T::from_f64(level), T::from_f64(tilt));
-                for (i, out) in out.iter_mut().enumerate() {
-                    let (x, g) = (self.plane(x, i, c), self.plane(grad, i, c));
-                    for ((out, &x), &g) in out.iter_mut().zip(x).zip(g) {
-                        *out = g * slope - level - (x - mean) * tilt;
-                    }
-                }
-                (T::from_f64(sum_g_xc * inverse_std), T::from_f64(sum_g))
-            })
-        });
-        let (dgamma, dbeta) = sums.into_iter().unzip();
-        (dx, dgamma, dbeta)
+        self.kernel.backward(x, gamma, result, grad, residual, statistics)
     }
+}
+
+/// A gradient as a tensor, where a variable stands behind its argument.
+fn tracked<T: WithDType>(of: &Tensor, values: Vec<T>) -> candle_core::Result<Option<Tensor>> {
+    of.track_op().then(|| Tensor::from_vec(values, of.shape(), of.device())).transpose()
 }
 
 impl CustomOp3 for BatchNorm {
@@ -252,7 +243,7 @@ impl CustomOp3 for BatchNorm {
         for_float!(NAME, x.dtype(), T => {
             let gamma = slice_of::<T>(NAME, gamma, gamma_layout)?;
             let beta = slice_of::<T>(NAME, beta, beta_layout)?;
-            let out = self.forward(slice_of::<T>(NAME, x, layout)?, gamma, beta);
+            let out = self.forward(slice_of::<T>(NAME, x, layout)?, gamma, beta, None);
             Ok((T::to_cpu_storage_owned(out), layout.shape().clone()))
         })
     }
@@ -262,20 +253,69 @@ impl CustomOp3 for BatchNorm {
         x: &Tensor,
         gamma: &Tensor,
         beta: &Tensor,
-        _result: &Tensor,
+        result: &Tensor,
         grad: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let grad = grad.contiguous()?;
-        for_float!(NAME, grad.dtype(), T => {
-            let (dx, dgamma, dbeta) = with_slice::<T, _>(NAME, x, |x| {
-                with_slice::<T, _>(NAME, gamma, |gamma| {
-                    with_slice::<T, _>(NAME, &grad, |g| Ok(self.backward(x, gamma, g)))
+        for_float!(NAME, grad.dtype(), T => with_slice::<T, _>(NAME, x, |x_values| {
+            let Gradients { x: dx, gamma: dgamma, beta: dbeta, .. } = with_slice::<T, _>(NAME, gamma, |gamma| {
+                with_slice::<T, _>(NAME, result, |y| {
+                    with_slice::<T, _>(NAME, &grad, |g| Ok(self.backward(x_values, gamma, y, g, false)))
                 })
             })?;
-            let tracked = |of: &Tensor, values: Vec<T>| {
-                of.track_op().then(|| Tensor::from_vec(values, of.shape(), of.device())).transpose()
-            };
             Ok((tracked(x, dx)?, tracked(gamma, dgamma)?, tracked(beta, dbeta)?))
+        }))
+    }
+}
+
+/// Arguments x, gamma and beta as `[2, c]`, and the residual.
+struct WithResidual(BatchNorm);
+
+impl CustomOp3 for WithResidual {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        layout: &Layout,
+        affine: &CpuStorage,
+        affine_layout: &Layout,
+        residual: &CpuStorage,
+        residual_layout: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        for_float!(NAME, x.dtype(), T => {
+            let (gamma, beta) = slice_of::<T>(NAME, affine, affine_layout)?.split_at(self.0.kernel.c);
+            let residual = slice_of::<T>(NAME, residual, residual_layout)?;
+            let out = self.0.forward(slice_of::<T>(NAME, x, layout)?, gamma, beta, Some(residual));
+            Ok((T::to_cpu_storage_owned(out), layout.shape().clone()))
         })
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        affine: &Tensor,
+        residual: &Tensor,
+        result: &Tensor,
+        grad: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let grad = grad.contiguous()?;
+        for_float!(NAME, grad.dtype(), T => with_slice::<T, _>(NAME, x, |x_values| {
+            let gradients = with_slice::<T, _>(NAME, affine, |affine| {
+                let gamma = &affine[..self.0.kernel.c];
+                with_slice::<T, _>(NAME, result, |y| {
+                    with_slice::<T, _>(NAME, &grad, |g| Ok(self.0.backward(x_values, gamma, y, g, residual.track_op())))
+                })
+            })?;
+            // Where nothing is rectified, the residual's gradient is the result's as it stands.
+            let d_residual = match gradients.residual {
+                Some(values) => tracked(residual, values)?,
+                None => residual.track_op().then(|| grad.clone()),
+            };
+            let d_affine = [gradients.gamma, gradients.beta].concat();
+            Ok((tracked(x, gradients.x)?, tracked(affine, d_affine)?, d_residual))
+        }))
     }
 }

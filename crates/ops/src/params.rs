@@ -269,6 +269,12 @@ impl Scope {
         Scope { store: self.store.clone(), path: self.full(&name.to_string()) }
     }
 
+    /// Whether the tensors of its store are plain: none is a variable, and whoever takes them may put others in their
+    /// place.
+    pub fn is_frozen(&self) -> bool {
+        self.store.lock().frozen.is_some()
+    }
+
     /// Dotted path of this scope.
     pub fn path(&self) -> &str {
         &self.path

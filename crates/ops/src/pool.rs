@@ -1,9 +1,13 @@
 //! Max, average and adaptive average pooling.
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor, WithDType};
 
-use crate::cpu::{Element, check_cpu_float, for_float, par_chunks, slice_of, vectorised, with_slice};
+use crate::cpu::{Element, check_float, for_float, par_chunks, slice_of, vectorised, with_slice};
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::error::{OpsError, Result};
 use crate::planes::dims_nchw;
 
@@ -68,12 +72,12 @@ impl Pool2dConfig {
 /// PyTorch; overlapping windows add. The maximum is looked for again in the backward pass: cheaper than keeping indices.
 /// # Errors
 /// `Shape` unless rank 4 without empty axes, or for a window that does not fit; `Config` for another element type or a
-/// tensor that is not on the CPU.
+/// device without kernels.
 /// # Source
 /// PyTorch `torch.nn.functional.max_pool2d`.
 pub fn max_pool2d(x_nchw: &Tensor, cfg: Pool2dConfig) -> Result<Tensor> {
     let op = "max_pool2d";
-    check_cpu_float(op, &[x_nchw])?;
+    check_float(op, &[x_nchw])?;
     let [n, c, h, w] = dims_nchw(op, x_nchw)?;
     let out_hw = cfg.checked_output_hw(op, [h, w])?;
     Ok(x_nchw.contiguous()?.apply_op1(MaxPool { dims: [n, c, h, w], out_hw, cfg })?)
@@ -92,7 +96,7 @@ pub fn max_pool2d(x_nchw: &Tensor, cfg: Pool2dConfig) -> Result<Tensor> {
 /// PyTorch `torch.nn.functional.avg_pool2d` with `count_include_pad=True`.
 pub fn avg_pool2d(x_nchw: &Tensor, cfg: Pool2dConfig) -> Result<Tensor> {
     let op = "avg_pool2d";
-    check_cpu_float(op, &[x_nchw])?;
+    check_float(op, &[x_nchw])?;
     let dims = dims_nchw(op, x_nchw)?;
     let (hw, out_hw) = ([dims[2], dims[3]], cfg.checked_output_hw(op, [dims[2], dims[3]])?);
     let bins = |axis: usize| {
@@ -117,13 +121,13 @@ pub fn avg_pool2d(x_nchw: &Tensor, cfg: Pool2dConfig) -> Result<Tensor> {
 /// # Gradient
 /// Each bin's gradient spreads evenly over it; overlapping bins add.
 /// # Errors
-/// `Shape` unless rank 4 without empty axes; `Config` for an output side of 0, another element type or a tensor that is
-/// not on the CPU.
+/// `Shape` unless rank 4 without empty axes; `Config` for an output side of 0, another element type or a device
+/// without kernels.
 /// # Source
 /// PyTorch `torch.nn.functional.adaptive_avg_pool2d`.
 pub fn adaptive_avg_pool2d(x_nchw: &Tensor, out_hw: [usize; 2]) -> Result<Tensor> {
     let op = "adaptive_avg_pool2d";
-    check_cpu_float(op, &[x_nchw])?;
+    check_float(op, &[x_nchw])?;
     let dims = dims_nchw(op, x_nchw)?;
     if out_hw.contains(&0) {
         return Err(OpsError::config(format!("{op}: output size is {out_hw:?}"), "ask for at least one bin a side"));
@@ -288,8 +292,23 @@ impl CustomOp1 for MaxPool {
         })
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        let out = for_float!(self.name(), x.dtype(), T => {
+            cuda::max_pool::<T>(self.name(), x, layout, self.dims, self.out_hw, self.cfg)
+        })?;
+        Ok((out, Shape::from((self.dims[0], self.dims[1], self.out_hw[0], self.out_hw[1]))))
+    }
+
     fn bwd(&self, x: &Tensor, _result: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
         let grad = grad.contiguous()?;
+        #[cfg(feature = "cuda")]
+        if grad.device().is_cuda() {
+            let dx = for_float!(self.name(), grad.dtype(), T => {
+                cuda::max_pool_grad::<T>(self.name(), x, &grad, self.dims, self.out_hw, self.cfg)
+            });
+            return dx.map(Some);
+        }
         for_float!(self.name(), grad.dtype(), T => {
             let dx = with_slice::<T, _>(self.name(), x, |x| {
                 with_slice::<T, _>(self.name(), &grad, |g| Ok(self.backward(x, g)))
@@ -301,10 +320,10 @@ impl CustomOp1 for MaxPool {
 
 /// Elements `start..end` of an axis, with the divisor this axis contributes.
 #[derive(Clone, Copy, Debug)]
-struct Bin {
-    start: usize,
-    end: usize,
-    span: usize,
+pub(crate) struct Bin {
+    pub(crate) start: usize,
+    pub(crate) end: usize,
+    pub(crate) span: usize,
 }
 
 /// Means over rectangles, the product of a bin of rows and a bin of columns.
@@ -375,8 +394,23 @@ impl CustomOp1 for MeanPool {
         })
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        let out = for_float!(self.name, x.dtype(), T => {
+            cuda::mean_pool::<T>(self.name, x, layout, self.dims, &self.rows, &self.cols)
+        })?;
+        Ok((out, Shape::from((self.dims[0], self.dims[1], self.rows.len(), self.cols.len()))))
+    }
+
     fn bwd(&self, x: &Tensor, _result: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
         let grad = grad.contiguous()?;
+        #[cfg(feature = "cuda")]
+        if grad.device().is_cuda() {
+            let dx = for_float!(self.name, grad.dtype(), T => {
+                cuda::mean_pool_grad::<T>(self.name, x, &grad, self.dims, &self.rows, &self.cols)
+            });
+            return dx.map(Some);
+        }
         for_float!(self.name, grad.dtype(), T => {
             let dx = with_slice::<T, _>(self.name, &grad, |g| Ok(self.backward(g)))?;
             Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))

@@ -1,9 +1,13 @@
 //! Bilinear and nearest resize with backward, by any factor, larger or smaller.
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor, WithDType};
 
-use crate::cpu::{Element, check_cpu_float, for_float, par_chunks, slice_of, vectorised, with_slice};
+use crate::cpu::{Element, check_float, for_float, par_chunks, slice_of, vectorised, with_slice};
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::error::{OpsError, Result};
 use crate::planes::dims_nchw;
 
@@ -19,8 +23,8 @@ use crate::planes::dims_nchw;
 /// # Gradient
 /// The transposed interpolation: every input pixel gets what it gave, times the same weights.
 /// # Errors
-/// `Shape` unless rank 4 without empty axes; `Config` for an output side of 0, another element type or a tensor that is
-/// not on the CPU.
+/// `Shape` unless rank 4 without empty axes; `Config` for an output side of 0, another element type or a device
+/// without kernels.
 /// # Source
 /// PyTorch `torch.nn.functional.interpolate(mode="bilinear", antialias=False)` with `size` given. DIFFERENCE: weights
 /// are formed in f64 for f32 maps too; they agree to f32 rounding.
@@ -54,7 +58,7 @@ fn resize<A, Op: CustomOp1 + Send + Sync + 'static>(
     axis: impl Fn(usize, usize) -> A,
     op: impl Fn([usize; 4], A, A) -> Op,
 ) -> Result<Tensor> {
-    check_cpu_float(name, &[x_nchw])?;
+    check_float(name, &[x_nchw])?;
     let dims = dims_nchw(name, x_nchw)?;
     if out_hw.contains(&0) {
         return Err(OpsError::config(
@@ -71,11 +75,11 @@ fn resize<A, Op: CustomOp1 + Send + Sync + 'static>(
 
 /// Two neighbours of an output pixel and their weights.
 #[derive(Clone, Copy, Debug)]
-struct Tap {
-    low: usize,
-    high: usize,
-    low_weight: f64,
-    high_weight: f64,
+pub(crate) struct Tap {
+    pub(crate) low: usize,
+    pub(crate) high: usize,
+    pub(crate) low_weight: f64,
+    pub(crate) high_weight: f64,
 }
 
 fn linear_axis(len: usize, out: usize, align_corners: bool) -> Vec<Tap> {
@@ -227,7 +231,7 @@ impl Nearest {
 
 /// Both operations are linear maps of planes: one body serves them.
 macro_rules! plane_op {
-    ($op:ty, $name:literal) => {
+    ($op:ty, $name:literal, $forward:ident, $backward:ident) => {
         impl CustomOp1 for $op {
             fn name(&self) -> &'static str {
                 $name
@@ -241,8 +245,23 @@ macro_rules! plane_op {
                 })
             }
 
+            #[cfg(feature = "cuda")]
+            fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+                let out = for_float!($name, x.dtype(), T => {
+                    cuda::$forward::<T>($name, x, layout, self.dims, &self.rows, &self.cols)
+                })?;
+                Ok((out, Shape::from((self.dims[0], self.dims[1], self.rows.len(), self.cols.len()))))
+            }
+
             fn bwd(&self, x: &Tensor, _result: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
                 let grad = grad.contiguous()?;
+                #[cfg(feature = "cuda")]
+                if grad.device().is_cuda() {
+                    let dx = for_float!($name, grad.dtype(), T => {
+                        cuda::$backward::<T>($name, x, &grad, self.dims, &self.rows, &self.cols)
+                    });
+                    return dx.map(Some);
+                }
                 for_float!($name, grad.dtype(), T => {
                     let dx = with_slice::<T, _>($name, &grad, |g| Ok(self.backward(g)))?;
                     Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))
@@ -251,5 +270,5 @@ macro_rules! plane_op {
         }
     };
 }
-plane_op!(Bilinear, "resize_bilinear");
-plane_op!(Nearest, "resize_nearest");
+plane_op!(Bilinear, "resize_bilinear", bilinear, bilinear_grad);
+plane_op!(Nearest, "resize_nearest", nearest, nearest_grad);

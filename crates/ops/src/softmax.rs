@@ -1,11 +1,16 @@
 //! Log-softmax over channels.
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor, WithDType};
 
-use crate::cpu::{Element, check_cpu_float, for_float, slice_of, vectorised, with_slice};
+use crate::cpu::{Element, check_float, for_float, slice_of, vectorised, with_slice};
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::error::Result;
-use crate::planes::{dims_nchw, par_groups};
+use crate::math::Transcendental;
+use crate::planes::{dims_nchw, pixel_runs};
 
 const NAME: &str = "log_softmax";
 /// Pixels of a task: a few hundred channels of them stay in a level 2 cache.
@@ -19,39 +24,13 @@ const PIXELS: usize = 512;
 /// # Gradient
 /// `dx_c = g_c - exp(y_c) * sum_k g_k`.
 /// # Errors
-/// `Shape` unless rank 4 without empty axes; `Config` for another element type or a tensor that is not on the CPU.
+/// `Shape` unless rank 4 without empty axes; `Config` for another element type or a device without kernels.
 /// # Source
 /// PyTorch `torch.nn.functional.log_softmax(x, dim=1)`.
 pub fn log_softmax(x_nchw: &Tensor) -> Result<Tensor> {
-    check_cpu_float(NAME, &[x_nchw])?;
+    check_float(NAME, &[x_nchw])?;
     let [n, c, h, w] = dims_nchw(NAME, x_nchw)?;
     Ok(x_nchw.contiguous()?.apply_op1(LogSoftmax { n, c, hw: h * w })?)
-}
-
-/// The two functions that candle's element trait lacks.
-trait Transcendental: Element {
-    fn exp(self) -> Self;
-    fn ln(self) -> Self;
-}
-impl Transcendental for f32 {
-    #[inline(always)]
-    fn exp(self) -> Self {
-        f32::exp(self)
-    }
-    #[inline(always)]
-    fn ln(self) -> Self {
-        f32::ln(self)
-    }
-}
-impl Transcendental for f64 {
-    #[inline(always)]
-    fn exp(self) -> Self {
-        f64::exp(self)
-    }
-    #[inline(always)]
-    fn ln(self) -> Self {
-        f64::ln(self)
-    }
 }
 
 struct LogSoftmax {
@@ -63,12 +42,8 @@ struct LogSoftmax {
 impl LogSoftmax {
     /// Runs `fill(offset of the block in channel 0, channels of the block)` over blocks of pixels.
     fn blocks<T: Element>(&self, fill: impl Fn(usize, &mut [&mut [T]]) + Sync) -> Vec<T> {
-        let n_blocks = self.hw.div_ceil(PIXELS);
-        let owner = |plane, piece| plane / self.c * n_blocks + piece;
-        let task = |group: usize, channels: &mut [&mut [T]]| {
-            fill(group / n_blocks * self.c * self.hw + group % n_blocks * PIXELS, channels);
-        };
-        par_groups(self.n * self.c * self.hw, self.hw, PIXELS, self.n * n_blocks, owner, task).0
+        let task = |image, start, channels: &mut [&mut [T]]| fill(image * self.c * self.hw + start, channels);
+        pixel_runs([self.n, self.c, self.hw], PIXELS, task).0
     }
 
     fn forward<T: Transcendental>(&self, x: &[T]) -> Vec<T> {
@@ -134,8 +109,21 @@ impl CustomOp1 for LogSoftmax {
         })
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        let sizes = [self.n, self.c, self.hw];
+        let out = for_float!(NAME, x.dtype(), T => cuda::log_softmax::<T>(NAME, x, layout, sizes))?;
+        Ok((out, layout.shape().clone()))
+    }
+
     fn bwd(&self, _x: &Tensor, result: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
         let grad = grad.contiguous()?;
+        #[cfg(feature = "cuda")]
+        if grad.device().is_cuda() {
+            let sizes = [self.n, self.c, self.hw];
+            let out = for_float!(NAME, grad.dtype(), T => cuda::log_softmax_grad::<T>(NAME, result, &grad, sizes));
+            return out.map(Some);
+        }
         for_float!(NAME, grad.dtype(), T => {
             let out = with_slice::<T, _>(NAME, result, |y| {
                 with_slice::<T, _>(NAME, &grad, |g| Ok(self.backward(y, g)))

@@ -1,8 +1,37 @@
 //! What the tests of every crate compare with: one tolerance rule and one finite-difference check.
 
+use std::sync::OnceLock;
+
 use candle_core::{DType, Device, Tensor, Var};
 
+use crate::device::open_cuda;
 use crate::error::{OpsError, Result};
+
+/// Devices that a test's body runs on: the CPU, and in a build with feature `cuda` the first CUDA device.
+///
+/// Where such a build finds none, that is said on standard error, once a process, past the test harness.
+pub fn devices() -> Vec<Device> {
+    static CUDA: OnceLock<Option<Device>> = OnceLock::new();
+    let cuda = CUDA.get_or_init(|| {
+        if !cfg!(feature = "cuda") {
+            return None;
+        }
+        let device = open_cuda(0);
+        let line = match &device {
+            Ok(_) => "tests run on the CPU and on cuda:0".to_string(),
+            Err(why) => format!("skipped on cuda:0, run on the CPU alone: {why}"),
+        };
+        // Unlike `eprintln`, this reaches the terminal of a test that passes.
+        let _ = std::io::Write::write_all(&mut std::io::stderr(), format!("{line}\n").as_bytes());
+        device.ok()
+    });
+    std::iter::once(Device::Cpu).chain(cuda.clone()).collect()
+}
+
+/// [`devices`] that have convolutions: of CUDA only in a build with feature `cudnn`.
+pub fn devices_with_convolution() -> Vec<Device> {
+    devices().into_iter().filter(|device| device.is_cpu() || cfg!(feature = "cudnn")).collect()
+}
 
 /// Panics unless `|found - expected| <= tolerance * max(1, |expected|)` for every element.
 ///
@@ -13,7 +42,8 @@ use crate::error::{OpsError, Result};
 pub fn assert_close(found: &Tensor, expected: &Tensor, tolerance: f64, reason: &str) {
     assert_eq!(found.dims(), expected.dims(), "shapes");
     let values = |t: &Tensor| {
-        t.to_dtype(DType::F64).and_then(|t| t.flatten_all()).and_then(|t| t.to_vec1::<f64>()).expect("readable tensor")
+        let t = t.to_device(&Device::Cpu).and_then(|t| t.to_dtype(DType::F64)).and_then(|t| t.flatten_all());
+        t.and_then(|t| t.to_vec1::<f64>()).expect("readable tensor")
     };
     for (i, (f, e)) in values(found).iter().zip(values(expected)).enumerate() {
         let bound = tolerance * e.abs().max(1.0);
@@ -64,7 +94,7 @@ pub fn random_f64(seed: u64, name: &str, shape: &[usize]) -> Tensor {
 /// At most `max_probes` elements of each input are probed, spread over it, each moved by `1e-5` to either side.
 ///
 /// # Shapes
-/// `inputs` of any shapes, f64, on the CPU; `f` gives one f64 tensor of any shape.
+/// `inputs` of any shapes, f64, on one device; `f` gives one f64 tensor of any shape there.
 /// # Gradient
 /// None of its own.
 /// # Errors
@@ -88,7 +118,7 @@ pub fn check_gradient(
     let vars: Vec<Var> = inputs.iter().map(Var::from_tensor).collect::<std::result::Result<_, _>>()?;
     let leaves: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
     let out = f(&leaves)?;
-    let weight = random_f64(17, "check_gradient", out.dims());
+    let weight = random_f64(17, "check_gradient", out.dims()).to_device(out.device())?;
     let grads = (&out * &weight)?.sum_all()?.backward()?;
     let loss = |tensors: &[Tensor]| -> Result<f64> { Ok((f(tensors)? * &weight)?.sum_all()?.to_scalar::<f64>()?) };
     for (i, input) in inputs.iter().enumerate() {
@@ -102,7 +132,7 @@ pub fn check_gradient(
                 let mut moved = values.clone();
                 moved[k] += by;
                 let mut tensors: Vec<Tensor> = inputs.to_vec();
-                tensors[i] = Tensor::from_vec(moved, input.dims(), &Device::Cpu)?;
+                tensors[i] = Tensor::from_vec(moved, input.dims(), input.device())?;
                 loss(&tensors)
             };
             let expected = (shifted(step)? - shifted(-step)?) / (2.0 * step);

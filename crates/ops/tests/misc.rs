@@ -3,9 +3,9 @@
 mod reference;
 
 use candle_core::{DType, Device, Tensor, Var};
-use reference::{assert_consumers_add, assert_threads_agree, check_case, fixture, value_and_gradient};
+use reference::{assert_consumers_add, assert_threads_agree, check_case, check_gradients, fixture, value_and_gradient};
 use segdistill_ops::rng::Stream;
-use segdistill_ops::testing::{assert_close, check_gradient, random_f64};
+use segdistill_ops::testing::{assert_close, devices, random_f64};
 use segdistill_ops::{Mode, OpsError, Result, concat_channels, dropout, log_softmax, relu, relu6};
 
 const TRAIN: Mode = Mode::Train { seed: 3, step: 11 };
@@ -22,14 +22,16 @@ fn rectifiers_and_log_softmax_equal_pytorch() {
 
 #[test]
 fn rectifiers_pass_nan_and_infinity() -> Result<()> {
-    let x = Tensor::new(&[f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -0.0], &Device::Cpu)?;
-    let g = Tensor::new(&[1f32, 2.0, 3.0, 4.0], &Device::Cpu)?;
-    for (f, top, slope) in [(relu as fn(&Tensor) -> Result<Tensor>, f32::INFINITY, 2.0), (relu6, 6.0, 0.0)] {
-        let (y, dx) = value_and_gradient(&x, &g, f);
-        let (y, dx) = (y.to_vec1::<f32>()?, dx.to_vec1::<f32>()?);
-        assert!(y[0].is_nan());
-        assert_eq!(y[1..], [top, 0.0, 0.0]);
-        assert_eq!(dx, [1.0, slope, 0.0, 0.0]);
+    for device in devices() {
+        let x = Tensor::new(&[f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -0.0], &device)?;
+        let g = Tensor::new(&[1f32, 2.0, 3.0, 4.0], &device)?;
+        for (f, top, slope) in [(relu as fn(&Tensor) -> Result<Tensor>, f32::INFINITY, 2.0), (relu6, 6.0, 0.0)] {
+            let (y, dx) = value_and_gradient(&x, &g, f);
+            let (y, dx) = (y.to_vec1::<f32>()?, dx.to_vec1::<f32>()?);
+            assert!(y[0].is_nan());
+            assert_eq!(y[1..], [top, 0.0, 0.0]);
+            assert_eq!(dx, [1.0, slope, 0.0, 0.0]);
+        }
     }
     Ok(())
 }
@@ -37,10 +39,10 @@ fn rectifiers_pass_nan_and_infinity() -> Result<()> {
 #[test]
 fn gradients_are_central_differences() -> Result<()> {
     let x = [(random_f64(1, "misc", &[2, 5, 4, 6]) * 8.0)?];
-    check_gradient(&x, |t| relu(&t[0]), 240, 1e-8)?;
-    check_gradient(&x, |t| relu6(&t[0]), 240, 1e-8)?;
-    check_gradient(&x, |t| log_softmax(&t[0]), 240, 1e-8)?;
-    check_gradient(&x, |t| dropout(&t[0], 0.4, TRAIN, "head"), 240, 1e-8)
+    check_gradients(&x, |t| relu(&t[0]), 240, 1e-8)?;
+    check_gradients(&x, |t| relu6(&t[0]), 240, 1e-8)?;
+    check_gradients(&x, |t| log_softmax(&t[0]), 240, 1e-8)?;
+    check_gradients(&x, |t| dropout(&t[0], 0.4, TRAIN, "head"), 240, 1e-8)
 }
 
 #[test]
@@ -73,6 +75,10 @@ fn the_dropout_mask_is_the_stream_word_by_word() -> Result<()> {
     let x = random_f64(3, "misc", &[n]).to_dtype(DType::F32)?;
     let p = 0.3;
     let y = dropout(&x, p, TRAIN, "aspp")?.to_vec1::<f32>()?;
+    for device in devices() {
+        let there = dropout(&x.to_device(&device)?, p, TRAIN, "aspp")?.to_vec1::<f32>()?;
+        assert!(there == y, "the mask depends on the device {:?}", device.location());
+    }
     let mut stream = Stream::new(3, "dropout/aspp", &[11]);
     let mut n_kept = 0;
     for (i, (&y, x)) in y.iter().zip(x.to_vec1::<f32>()?).enumerate() {
@@ -174,9 +180,11 @@ fn concatenated_channels_are_the_maps_in_order() -> Result<()> {
 fn concatenation_gives_each_map_its_part_of_the_gradient() -> Result<()> {
     let maps: [Tensor; 3] = [1, 2, 3].map(|c| random_f64(7, &format!("map {c}"), &[2, c, 3, 4]));
     // Squared, so that a gradient handed to the wrong map or pixel cannot be right by chance.
-    check_gradient(&maps, |t| Ok(concat_channels(&[&t[0], &t[1], &t[2]])?.sqr()?), 72, 1e-8)?;
+    check_gradients(&maps, |t| Ok(concat_channels(&[&t[0], &t[1], &t[2]])?.sqr()?), 72, 1e-8)?;
     // One map passed twice, with another between.
-    check_gradient(&maps[..2], |t| Ok(concat_channels(&[&t[1], &t[0], &t[1]])?.sqr()?), 72, 1e-8)?;
+    check_gradients(&maps[..2], |t| Ok(concat_channels(&[&t[1], &t[0], &t[1]])?.sqr()?), 72, 1e-8)?;
+    // More than one operation takes.
+    check_gradients(&maps, |t| Ok(concat_channels(&[&t[0], &t[1], &t[2], &t[1], &t[0]])?.sqr()?), 72, 1e-8)?;
     // Nobody stands behind the second map.
     let var = Var::from_tensor(&maps[0])?;
     let grads = concat_channels(&[&var, &maps[1]])?.sum_all()?.backward()?;

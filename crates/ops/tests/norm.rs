@@ -3,8 +3,8 @@
 mod reference;
 
 use candle_core::{DType, Device, Tensor, Var};
-use reference::{bits, fixture};
-use segdistill_ops::testing::{assert_close, check_gradient, random_f64};
+use reference::{bits, check_gradients, fixture};
+use segdistill_ops::testing::{assert_close, devices, random_f64};
 use segdistill_ops::{BatchNormConfig, Init, Mode, OpsError, ParamKind, ParamStore, Result, batch_norm};
 
 const TRAIN: Mode = Mode::Train { seed: 0, step: 0 };
@@ -18,10 +18,15 @@ fn training_steps_and_evaluation_equal_pytorch() {
     let cases = fixture("norm");
     // The second channel's mean is 500 times its spread: x alone is rounded to 3e-5 of a standard deviation in f32,
     // but the inputs are exact in f32 and the statistics formed in f64.
-    for (dtype, tolerance) in [(DType::F64, 1e-11), (DType::F32, 1e-4)] {
-        let get = |name: &str| cases[name].to_dtype(dtype).unwrap();
+    let on = |device: &Device| {
+        // cuDNN forms f32 statistics in f32.
+        let f32_tolerance = if device.is_cpu() { 1e-4 } else { 2e-3 };
+        [(device.clone(), DType::F64, 1e-11), (device.clone(), DType::F32, f32_tolerance)]
+    };
+    for (device, dtype, tolerance) in devices().iter().flat_map(on) {
+        let get = |name: &str| cases[name].to_dtype(dtype).unwrap().to_device(&device).unwrap();
         let [gamma, beta] = ["gamma", "beta"].map(|n| Var::from_tensor(&get(n)).unwrap());
-        let (mean, var) = (filled(4, 0.0, dtype), filled(4, 1.0, dtype));
+        let [mean, var] = [0.0, 1.0].map(|value| filled(4, value, dtype).to_device(&device).unwrap());
         for (name, mode) in [("train0", TRAIN), ("train1", TRAIN), ("train2", TRAIN), ("eval", Mode::Eval)] {
             let part = |p: &str| get(&format!("{name}.{p}"));
             let x = Var::from_tensor(&part("x")).unwrap();
@@ -31,8 +36,9 @@ fn training_steps_and_evaluation_equal_pytorch() {
                 // Gradients of the fourth channel are divided by its spread of 1e-3: relative to the largest.
                 let exact = &cases[&format!("{name}.{p}")];
                 let scale = exact.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f64>().unwrap();
-                let found = (found.to_dtype(DType::F64).unwrap() / scale).unwrap();
-                assert_close(&found, &(exact / scale).unwrap(), tolerance, &format!("{name}.{p} {dtype:?}"));
+                let found = found.to_device(&Device::Cpu).unwrap().to_dtype(DType::F64).unwrap();
+                let reason = format!("{name}.{p} {dtype:?} on {:?}", device.location());
+                assert_close(&(found / scale).unwrap(), &(exact / scale).unwrap(), tolerance, &reason);
             };
             close(&y, "y");
             close(grads.get(&x).unwrap(), "dx");
@@ -66,21 +72,21 @@ fn training_equals_a_naive_loop_across_block_edges() {
     for (n, c, h, w) in [(5, 3, 1, 1), (1, 2, 7, 9), (2, 3, 70, 130)] {
         let x = (random_f64(1, "norm", &[n, c, h, w]) + 100.0).unwrap();
         let (y, means, variances) = naive(&x.flatten_all().unwrap().to_vec1().unwrap(), n, c, h * w, 1e-5);
-        let (mean, var) = (filled(c, 2.0, DType::F64), filled(c, 3.0, DType::F64));
-        let (gamma, beta) = (filled(c, 1.0, DType::F64), filled(c, 0.0, DType::F64));
-        let cfg = BatchNormConfig { eps: 1e-5, momentum: 0.25 };
-        let found = batch_norm(&x, &gamma, &beta, &mean, &var, cfg, TRAIN).unwrap();
-        assert_close(
-            &found,
-            &Tensor::from_vec(y, x.shape(), &Device::Cpu).unwrap(),
-            1e-10,
-            "f64, mean 100 spreads away",
-        );
+        let expected = Tensor::from_vec(y, x.shape(), &Device::Cpu).unwrap();
         let m = (n * h * w) as f64;
-        let running: Vec<f64> = means.iter().map(|v| 0.75 * 2.0 + 0.25 * v).collect();
-        assert_close(&mean, &Tensor::new(running, &Device::Cpu).unwrap(), 1e-13, "f64");
-        let running: Vec<f64> = variances.iter().map(|v| 0.75 * 3.0 + 0.25 * v * m / (m - 1.0)).collect();
-        assert_close(&var, &Tensor::new(running, &Device::Cpu).unwrap(), 1e-12, "f64");
+        for device in devices() {
+            let filled = |value| filled(c, value, DType::F64).to_device(&device).unwrap();
+            let [mean, var, gamma, beta] = [2.0, 3.0, 1.0, 0.0].map(filled);
+            let cfg = BatchNormConfig { eps: 1e-5, momentum: 0.25 };
+            let found = batch_norm(&x.to_device(&device).unwrap(), &gamma, &beta, &mean, &var, cfg, TRAIN).unwrap();
+            // cuDNN's order of sums is its own.
+            let slack = if device.is_cpu() { 1.0 } else { 100.0 };
+            assert_close(&found, &expected, slack * 1e-10, "f64, mean 100 spreads away");
+            let running: Vec<f64> = means.iter().map(|v| 0.75 * 2.0 + 0.25 * v).collect();
+            assert_close(&mean, &Tensor::new(running, &Device::Cpu).unwrap(), slack * 1e-13, "f64");
+            let running: Vec<f64> = variances.iter().map(|v| 0.75 * 3.0 + 0.25 * v * m / (m - 1.0)).collect();
+            assert_close(&var, &Tensor::new(running, &Device::Cpu).unwrap(), slack * 1e-12, "f64");
+        }
     }
 }
 
@@ -91,10 +97,10 @@ fn gradients_are_central_differences() -> Result<()> {
     let (mean, var) = (random_f64(3, "mean", &[3]), (random_f64(3, "var", &[3]) + 1.5)?);
     for mode in [TRAIN, Mode::Eval] {
         let f = |t: &[Tensor]| {
-            let (mean, var) = (mean.copy()?, var.copy()?);
-            batch_norm(&t[0], &t[1], &t[2], &mean, &var, BatchNormConfig::default(), mode)
+            let [mean, var] = [&mean, &var].map(|s| s.copy().and_then(|s| s.to_device(t[0].device())));
+            batch_norm(&t[0], &t[1], &t[2], &mean?, &var?, BatchNormConfig::default(), mode)
         };
-        check_gradient(&[x.clone(), gamma.clone(), beta.clone()], f, 120, 1e-7)?;
+        check_gradients(&[x.clone(), gamma.clone(), beta.clone()], f, 120, 1e-7)?;
     }
     Ok(())
 }

@@ -3,8 +3,8 @@
 mod reference;
 
 use candle_core::{DType, Device, Tensor};
-use reference::{assert_consumers_add, assert_threads_agree, check_case, fixture, value_and_gradient};
-use segdistill_ops::testing::{assert_close, check_gradient, random_f64};
+use reference::{assert_consumers_add, assert_threads_agree, check_case, check_gradients, fixture, value_and_gradient};
+use segdistill_ops::testing::{assert_close, devices, random_f64};
 use segdistill_ops::{OpsError, Pool2dConfig, adaptive_avg_pool2d, avg_pool2d, max_pool2d};
 
 fn square(kernel: usize, stride: usize, padding: usize, ceil_mode: bool) -> Pool2dConfig {
@@ -80,8 +80,12 @@ fn pooling_equals_a_naive_loop_for_many_geometries() {
                             assert!(max_pool2d(&x, cfg).is_err() && avg_pool2d(&x, cfg).is_err(), "{cfg:?}");
                             continue;
                         }
-                        assert_close(&max_pool2d(&x, cfg).unwrap(), &naive(&x, cfg, true), 0.0, "copies");
-                        assert_close(&avg_pool2d(&x, cfg).unwrap(), &naive(&x, cfg, false), 1e-14, "order of sums");
+                        let [largest, mean] = [true, false].map(|max| naive(&x, cfg, max));
+                        for device in devices() {
+                            let x = x.to_device(&device).unwrap();
+                            assert_close(&max_pool2d(&x, cfg).unwrap(), &largest, 0.0, "copies");
+                            assert_close(&avg_pool2d(&x, cfg).unwrap(), &mean, 1e-14, "order of sums");
+                        }
                         n_cases += 1;
                     }
                 }
@@ -96,11 +100,11 @@ fn gradients_are_central_differences() -> segdistill_ops::Result<()> {
     let x = [random_f64(2, "pool", &[2, 2, 9, 11])];
     // Values of a random map differ by far more than the step, so that no maximum changes hands.
     for cfg in [square(3, 2, 1, false), square(2, 2, 0, true), skew(true), square(3, 1, 1, false)] {
-        check_gradient(&x, |t| max_pool2d(&t[0], cfg), 60, 1e-8)?;
-        check_gradient(&x, |t| avg_pool2d(&t[0], cfg), 60, 1e-8)?;
+        check_gradients(&x, |t| max_pool2d(&t[0], cfg), 60, 1e-8)?;
+        check_gradients(&x, |t| avg_pool2d(&t[0], cfg), 60, 1e-8)?;
     }
     for out_hw in [[1, 1], [4, 3], [9, 11], [12, 13]] {
-        check_gradient(&x, |t| adaptive_avg_pool2d(&t[0], out_hw), 60, 1e-8)?;
+        check_gradients(&x, |t| adaptive_avg_pool2d(&t[0], out_hw), 60, 1e-8)?;
     }
     Ok(())
 }
@@ -108,19 +112,21 @@ fn gradients_are_central_differences() -> segdistill_ops::Result<()> {
 #[test]
 fn the_first_maximum_takes_the_gradient_and_nan_wins() {
     let cfg = square(2, 2, 0, false);
-    let one = Tensor::ones((1, 1, 1, 1), DType::F64, &Device::Cpu).unwrap();
-    let gradient = |values: [f64; 4]| {
-        let x = Tensor::from_slice(&values, (1, 1, 2, 2), &Device::Cpu).unwrap();
-        let (y, dx) = value_and_gradient(&x, &one, |x| max_pool2d(x, cfg));
-        let y = y.flatten_all().unwrap().to_vec1::<f64>().unwrap()[0];
-        (y, dx.flatten_all().unwrap().to_vec1::<f64>().unwrap())
-    };
-    assert_eq!(gradient([1.0, 4.0, 4.0, 4.0]), (4.0, vec![0.0, 1.0, 0.0, 0.0]));
-    let low = f64::NEG_INFINITY;
-    assert_eq!(gradient([low; 4]), (low, vec![1.0, 0.0, 0.0, 0.0]));
-    let (y, dx) = gradient([f64::NAN, 9.0, f64::NAN, 1.0]);
-    assert!(y.is_nan());
-    assert_eq!(dx, [0.0, 0.0, 1.0, 0.0]);
+    for device in devices() {
+        let one = Tensor::ones((1, 1, 1, 1), DType::F64, &device).unwrap();
+        let gradient = |values: [f64; 4]| {
+            let x = Tensor::from_slice(&values, (1, 1, 2, 2), &device).unwrap();
+            let (y, dx) = value_and_gradient(&x, &one, |x| max_pool2d(x, cfg));
+            let y = y.flatten_all().unwrap().to_vec1::<f64>().unwrap()[0];
+            (y, dx.flatten_all().unwrap().to_vec1::<f64>().unwrap())
+        };
+        assert_eq!(gradient([1.0, 4.0, 4.0, 4.0]), (4.0, vec![0.0, 1.0, 0.0, 0.0]));
+        let low = f64::NEG_INFINITY;
+        assert_eq!(gradient([low; 4]), (low, vec![1.0, 0.0, 0.0, 0.0]));
+        let (y, dx) = gradient([f64::NAN, 9.0, f64::NAN, 1.0]);
+        assert!(y.is_nan());
+        assert_eq!(dx, [0.0, 0.0, 1.0, 0.0]);
+    }
 }
 
 #[test]

@@ -3,8 +3,8 @@
 mod reference;
 
 use candle_core::{DType, Device, Tensor};
-use reference::{assert_consumers_add, assert_threads_agree, check_case, fixture};
-use segdistill_ops::testing::{assert_close, check_gradient, random_f64};
+use reference::{assert_consumers_add, assert_threads_agree, check_case, check_gradients, fixture};
+use segdistill_ops::testing::{assert_close, devices, random_f64};
 use segdistill_ops::{OpsError, resize_bilinear, resize_nearest};
 
 const SIZES: [([usize; 2], [usize; 2]); 6] = [
@@ -69,8 +69,11 @@ fn bilinear_equals_a_naive_loop_for_every_small_factor() {
         for oh in [1, 2, 3, 4, 7, 11] {
             for ow in [1, 2, 5, 6, 13] {
                 for corners in [false, true] {
-                    let found = resize_bilinear(&x, [oh, ow], corners).unwrap();
-                    assert_close(&found, &naive(&x, [oh, ow], corners), 1e-13, "f64 rounding");
+                    let expected = naive(&x, [oh, ow], corners);
+                    for device in devices() {
+                        let found = resize_bilinear(&x.to_device(&device).unwrap(), [oh, ow], corners).unwrap();
+                        assert_close(&found, &expected, 1e-13, "f64 rounding");
+                    }
                 }
             }
         }
@@ -85,7 +88,10 @@ fn nearest_equals_whole_number_arithmetic_where_the_factor_is_whole() {
         let rows = Tensor::from_vec((0..oh).map(|o| (o * h / oh) as u32).collect(), oh, &Device::Cpu).unwrap();
         let cols = Tensor::from_vec((0..ow).map(|o| (o * w / ow) as u32).collect(), ow, &Device::Cpu).unwrap();
         let expected = x.index_select(&rows, 2).unwrap().index_select(&cols, 3).unwrap();
-        assert_close(&resize_nearest(&x, [oh, ow]).unwrap(), &expected, 0.0, "copies");
+        for device in devices() {
+            let found = resize_nearest(&x.to_device(&device).unwrap(), [oh, ow]).unwrap();
+            assert_close(&found, &expected, 0.0, "copies");
+        }
     }
 }
 
@@ -94,9 +100,9 @@ fn gradients_are_central_differences() -> segdistill_ops::Result<()> {
     let x = [random_f64(3, "resize", &[2, 2, 6, 7])];
     for out_hw in [[11, 9], [24, 28], [4, 3], [1, 1], [6, 20], [3, 7]] {
         for corners in [false, true] {
-            check_gradient(&x, |t| resize_bilinear(&t[0], out_hw, corners), 84, 1e-8)?;
+            check_gradients(&x, |t| resize_bilinear(&t[0], out_hw, corners), 84, 1e-8)?;
         }
-        check_gradient(&x, |t| resize_nearest(&t[0], out_hw), 84, 1e-8)?;
+        check_gradients(&x, |t| resize_nearest(&t[0], out_hw), 84, 1e-8)?;
     }
     Ok(())
 }

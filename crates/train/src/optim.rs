@@ -1,11 +1,12 @@
 //! Stochastic gradient descent with momentum, in place, with decay by parameter kind.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 
-use candle_core::{CpuStorage, DType, InplaceOp3, Layout, Storage, Tensor};
+use candle_core::{CpuStorage, DType, InplaceOp1, InplaceOp2, Layout, Storage, Tensor};
 use rayon::prelude::*;
 
-use segdistill_ops::{NamedParam, ParamKind, ParamStore};
+use segdistill_ops::{Element, NamedParam, ParamKind, ParamStore, combine_in_place, vectorised};
 
 use crate::config::OptimConfig;
 use crate::error::{Result, TrainError};
@@ -88,25 +89,21 @@ impl Sgd {
         for (p, grad) in self.params.iter().zip(grads) {
             let decayed = self.cfg.decay_all || p.kind == ParamKind::Weight;
             let decay = if decayed { self.cfg.weight_decay } else { 0.0 };
-            let velocity = &self.velocity[&p.name];
             let grad = grad.contiguous()?;
-            let momentum = self.cfg.momentum;
-            velocity.inplace_op3(&grad, &p.tensor, &Velocity { momentum, scale, decay })?;
-            p.tensor.inplace_op3(velocity, &grad, &Move { lr, momentum, scale, decay, nesterov: self.cfg.nesterov })?;
+            let rule = Rule { lr, momentum: self.cfg.momentum, scale, decay, nesterov: self.cfg.nesterov };
+            if !p.tensor.device().is_cpu() {
+                rule.apply_in_two(&self.velocity[&p.name], &p.tensor, &grad)?;
+                continue;
+            }
+            self.velocity[&p.name].inplace_op1(&Step { weight: &p.tensor, grad: &grad, rule })?;
         }
         Ok(())
     }
 }
 
-/// `v = m * v + scale * g + decay * w`.
-struct Velocity {
-    momentum: f64,
-    scale: f64,
-    decay: f64,
-}
-
-/// `w -= lr * v`, or `w -= lr * (scale * g + decay * w + m * v)`.
-struct Move {
+/// `d = scale * g + decay * w; v = m * v + d; w -= lr * (nesterov ? d + m * v : v)`.
+#[derive(Clone, Copy)]
+struct Rule {
     lr: f64,
     momentum: f64,
     scale: f64,
@@ -114,105 +111,127 @@ struct Move {
     nesterov: bool,
 }
 
-fn zip3<T, F>(a: (&mut [T], &Layout), b: (&[T], &Layout), c: (&[T], &Layout), f: F) -> candle_core::Result<()>
-where
-    T: Send + Sync + Copy,
-    F: Fn(&mut T, T, T) + Sync,
-{
-    let range = |l: &Layout| {
-        l.contiguous_offsets().ok_or_else(|| candle_core::Error::Msg("SGD needs contiguous tensors".into()))
-    };
-    let ((a0, a1), (b0, b1), (c0, c1)) = (range(a.1)?, range(b.1)?, range(c.1)?);
-    let (b, c) = (&b.0[b0..b1], &c.0[c0..c1]);
-    a.0[a0..a1].par_chunks_mut(CHUNK).zip(b.par_chunks(CHUNK)).zip(c.par_chunks(CHUNK)).for_each(|((a, b), c)| {
-        for ((a, b), c) in a.iter_mut().zip(b).zip(c) {
-            f(a, *b, *c);
-        }
-    });
-    Ok(())
+impl Rule {
+    /// Velocity and weight on any device, a pass each.
+    fn apply_in_two(&self, velocity: &Tensor, weight: &Tensor, grad: &Tensor) -> Result<()> {
+        let Rule { lr, momentum, scale, decay, nesterov } = *self;
+        combine_in_place(velocity, grad, weight, [momentum, scale, decay])?;
+        let factors = match nesterov {
+            true => [1.0 - lr * decay, -lr * momentum, -lr * scale],
+            false => [1.0, -lr, 0.0],
+        };
+        Ok(combine_in_place(weight, velocity, grad, factors)?)
+    }
+
+    /// Velocity and weight in one pass over memory.
+    fn apply<T: Element>(&self, velocity: &mut [T], weight: &mut [T], grad: &[T]) {
+        let [lr, momentum, scale, decay] = [self.lr, self.momentum, self.scale, self.decay].map(T::from_f64);
+        let chunks = velocity.par_chunks_mut(CHUNK).zip(weight.par_chunks_mut(CHUNK)).zip(grad.par_chunks(CHUNK));
+        chunks.for_each(|((v, w), g)| {
+            let each = v.iter_mut().zip(w).zip(g);
+            vectorised(
+                #[inline(always)]
+                || {
+                    if self.nesterov {
+                        for ((v, w), &g) in each {
+                            let d = scale * g + decay * *w;
+                            *v = momentum * *v + d;
+                            *w -= lr * (d + momentum * *v);
+                        }
+                    } else {
+                        for ((v, w), &g) in each {
+                            *v = momentum * *v + (scale * g + decay * *w);
+                            *w -= lr * *v;
+                        }
+                    }
+                },
+            );
+        });
+    }
+}
+
+/// One step of one parameter. An operation in place writes one tensor: this one writes the velocity and starts
+/// [`Move`], which holds on to it and writes the weight.
+struct Step<'a> {
+    weight: &'a Tensor,
+    grad: &'a Tensor,
+    rule: Rule,
+}
+
+/// The inner half of [`Step`].
+struct Move<'a> {
+    velocity: RefCell<Elements<'a>>,
+    rule: Rule,
+}
+
+enum Elements<'a> {
+    F32(&'a mut [f32]),
+    F64(&'a mut [f64]),
+}
+
+fn range(layout: &Layout) -> candle_core::Result<std::ops::Range<usize>> {
+    let offsets = layout.contiguous_offsets();
+    offsets.map(|(start, end)| start..end).ok_or_else(|| candle_core::Error::Msg("SGD needs contiguous tensors".into()))
 }
 
 fn not_float() -> candle_core::Error {
     candle_core::Error::Msg("SGD takes f32 or f64 tensors of one type".into())
 }
 
-impl InplaceOp3 for Velocity {
+impl InplaceOp1 for Step<'_> {
     fn name(&self) -> &'static str {
-        "sgd-velocity"
+        "sgd"
     }
 
-    fn cpu_fwd(
-        &self,
-        velocity: &mut CpuStorage,
-        lv: &Layout,
-        grad: &CpuStorage,
-        lg: &Layout,
-        weight: &CpuStorage,
-        lw: &Layout,
-    ) -> candle_core::Result<()> {
-        match (velocity, grad, weight) {
-            (CpuStorage::F32(v), CpuStorage::F32(g), CpuStorage::F32(w)) => {
-                let (m, s, d) = (self.momentum as f32, self.scale as f32, self.decay as f32);
-                zip3((v, lv), (g, lg), (w, lw), |v, g, w| *v = m * *v + (s * g + d * w))
-            }
-            (CpuStorage::F64(v), CpuStorage::F64(g), CpuStorage::F64(w)) => {
-                let (m, s, d) = (self.momentum, self.scale, self.decay);
-                zip3((v, lv), (g, lg), (w, lw), |v, g, w| *v = m * *v + (s * g + d * w))
-            }
-            _ => Err(not_float()),
-        }
+    fn cpu_fwd(&self, velocity: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
+        let velocity = match velocity {
+            CpuStorage::F32(v) => Elements::F32(&mut v[range(layout)?]),
+            CpuStorage::F64(v) => Elements::F64(&mut v[range(layout)?]),
+            _ => return Err(not_float()),
+        };
+        self.weight.inplace_op2(self.grad, &Move { velocity: RefCell::new(velocity), rule: self.rule })
     }
 }
 
-impl InplaceOp3 for Move {
+impl InplaceOp2 for Move<'_> {
     fn name(&self) -> &'static str {
-        "sgd-move"
+        "sgd"
     }
 
-    fn cpu_fwd(
-        &self,
-        weight: &mut CpuStorage,
-        lw: &Layout,
-        velocity: &CpuStorage,
-        lv: &Layout,
-        grad: &CpuStorage,
-        lg: &Layout,
-    ) -> candle_core::Result<()> {
-        match (weight, velocity, grad) {
-            (CpuStorage::F32(w), CpuStorage::F32(v), CpuStorage::F32(g)) => {
-                let (r, m, s, d) = (self.lr as f32, self.momentum as f32, self.scale as f32, self.decay as f32);
-                if self.nesterov {
-                    zip3((w, lw), (v, lv), (g, lg), |w, v, g| *w -= r * (s * g + d * *w + m * v))
-                } else {
-                    zip3((w, lw), (v, lv), (g, lg), |w, v, _| *w -= r * v)
-                }
-            }
-            (CpuStorage::F64(w), CpuStorage::F64(v), CpuStorage::F64(g)) => {
-                let (r, m, s, d) = (self.lr, self.momentum, self.scale, self.decay);
-                if self.nesterov {
-                    zip3((w, lw), (v, lv), (g, lg), |w, v, g| *w -= r * (s * g + d * *w + m * v))
-                } else {
-                    zip3((w, lw), (v, lv), (g, lg), |w, v, _| *w -= r * v)
-                }
-            }
-            _ => Err(not_float()),
+    fn cpu_fwd(&self, weight: &mut CpuStorage, lw: &Layout, grad: &CpuStorage, lg: &Layout) -> candle_core::Result<()> {
+        let (lw, lg) = (range(lw)?, range(lg)?);
+        match (&mut *self.velocity.borrow_mut(), weight, grad) {
+            (Elements::F32(v), CpuStorage::F32(w), CpuStorage::F32(g)) => self.rule.apply(v, &mut w[lw], &g[lg]),
+            (Elements::F64(v), CpuStorage::F64(w), CpuStorage::F64(g)) => self.rule.apply(v, &mut w[lw], &g[lg]),
+            _ => return Err(not_float()),
         }
+        Ok(())
     }
 }
 
 /// Sum of squares of one tensor in f64, in fixed chunks: the same bits for any number of threads.
 fn square_sum(tensor: &Tensor) -> Result<f64> {
-    fn sum<T: Copy + Sync + Into<f64>>(values: &[T]) -> f64 {
-        let partial: Vec<f64> = values
-            .par_chunks(CHUNK)
-            .map(|c| {
-                c.iter().fold(0.0, |s, v| {
-                    let v: f64 = (*v).into();
-                    s + v * v
-                })
-            })
-            .collect();
-        partial.iter().sum()
+    fn sum<T: Element>(values: &[T]) -> f64 {
+        const LANES: usize = 16;
+        let partial = values.par_chunks(CHUNK).map(|chunk| {
+            vectorised(
+                #[inline(always)]
+                || {
+                    let mut lanes = [0.0; LANES];
+                    let whole = chunk.chunks_exact(LANES);
+                    for (lane, v) in lanes.iter_mut().zip(whole.remainder()) {
+                        *lane += v.to_f64() * v.to_f64();
+                    }
+                    for values in whole {
+                        for (lane, v) in lanes.iter_mut().zip(values) {
+                            *lane += v.to_f64() * v.to_f64();
+                        }
+                    }
+                    lanes.iter().sum::<f64>()
+                },
+            )
+        });
+        partial.collect::<Vec<f64>>().iter().sum()
     }
     let tensor = tensor.contiguous()?;
     let (storage, layout) = tensor.storage_and_layout();
@@ -220,11 +239,17 @@ fn square_sum(tensor: &Tensor) -> Result<f64> {
     match &*storage {
         Storage::Cpu(CpuStorage::F32(v)) => Ok(sum(&v[start..end])),
         Storage::Cpu(CpuStorage::F64(v)) => Ok(sum(&v[start..end])),
-        _ => {
-            drop(storage);
-            Ok(tensor.to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar::<f64>()?)
-        }
+        _ => Err(not_float().into()),
     }
+}
+
+/// [`square_sum`] as a scalar on the tensor's device.
+fn square_sum_on_device(tensor: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if tensor.device().is_cuda() {
+        return Ok(segdistill_ops::cuda::square_sum(tensor)?);
+    }
+    Ok(tensor.to_dtype(DType::F64)?.sqr()?.sum_all()?)
 }
 
 /// Euclidean norm of all gradients together; NaN or infinite when one element is.
@@ -233,8 +258,16 @@ fn square_sum(tensor: &Tensor) -> Result<f64> {
 /// `Candle` when a tensor cannot be read.
 pub fn global_norm(grads: &[Tensor]) -> Result<f64> {
     let mut total = 0.0;
+    let mut elsewhere = Vec::new();
     for grad in grads {
-        total += square_sum(grad)?;
+        match grad.device().is_cpu() {
+            true => total += square_sum(grad)?,
+            false => elsewhere.push(square_sum_on_device(grad)?),
+        }
+    }
+    if !elsewhere.is_empty() {
+        // One wait for the device, not one a tensor.
+        total += Tensor::stack(&elsewhere, 0)?.to_vec1::<f64>()?.iter().sum::<f64>();
     }
     Ok(total.sqrt())
 }
@@ -281,10 +314,61 @@ mod tests {
     const NESTEROV: [f64; 2] = [0.7111684581909999, -1.824460438182];
 
     #[test]
+    fn a_step_writes_every_element_of_velocity_and_weight() -> Result<()> {
+        // Two tasks and a rest; numbers that f32 holds, so that the definition gives the same bits.
+        let n = 2 * CHUNK + 5;
+        let ramp = |k: usize| Tensor::from_iter((0..n).map(|i| ((i * k) % 64) as f32 / 64.0), &Device::Cpu);
+        let (start, grad) = (ramp(3)?, ramp(7)?);
+        for nesterov in [false, true] {
+            let store = ParamStore::trainable(0, DType::F32, &Device::Cpu);
+            let w = store.root().get("w", &[n], ParamKind::Weight, Init::Constant(0.0))?;
+            w.slice_set(&start, 0, 0)?;
+            let cfg = OptimConfig { momentum: 0.5, weight_decay: 0.25, ..cfg(nesterov) };
+            let mut sgd = Sgd::new(&store, cfg)?;
+            let (mut expected_w, mut expected_v) = (start.to_vec1::<f32>()?, vec![0f32; n]);
+            for _ in 0..2 {
+                sgd.step(std::slice::from_ref(&grad), 0.125, 0.5)?;
+                for (i, g) in grad.to_vec1::<f32>()?.into_iter().enumerate() {
+                    let d = 0.5 * g + 0.25 * expected_w[i];
+                    expected_v[i] = 0.5 * expected_v[i] + d;
+                    expected_w[i] -= 0.125 * if nesterov { d + 0.5 * expected_v[i] } else { expected_v[i] };
+                }
+            }
+            assert_eq!(w.to_vec1::<f32>()?, expected_w);
+            assert_eq!(sgd.state()["w"].to_vec1::<f32>()?, expected_v);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn two_passes_on_any_device_give_what_one_pass_gives() -> Result<()> {
+        for device in segdistill_ops::testing::devices() {
+            for nesterov in [false, true] {
+                let n = CHUNK + 5;
+                let random = |name: &str| segdistill_ops::testing::random_f64(3, name, &[n]);
+                let (start, grad) = (random("w"), random("g"));
+                let rule = Rule { lr: 0.1, momentum: 0.9, scale: 0.7, decay: 0.01, nesterov };
+                let [w, v] = [&start, &start].map(|t| t.to_device(&device).and_then(|t| t.copy()));
+                let (w, v) = (w?, v?);
+                rule.apply_in_two(&v, &w, &grad.to_device(&device)?)?;
+                let (mut one_w, mut one_v) = (start.to_vec1::<f64>()?, start.to_vec1::<f64>()?);
+                rule.apply(&mut one_v, &mut one_w, &grad.to_vec1::<f64>()?);
+                assert_close(&v, &Tensor::new(one_v, &Device::Cpu)?, 1e-14, "the same arithmetic in f64");
+                assert_close(&w, &Tensor::new(one_w, &Device::Cpu)?, 1e-14, "the same arithmetic in f64");
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
     fn norm_is_euclidean_and_sees_nan() -> Result<()> {
         let t = |v: &[f32]| Tensor::new(v, &Device::Cpu).expect("tensor");
         assert!((global_norm(&[t(&[3.0]), t(&[0.0, 4.0])])? - 5.0).abs() < 1e-12);
         assert!(global_norm(&[t(&[1.0, f32::NAN])])?.is_nan());
+        // Every element counts, whichever lane or task it falls to.
+        let n = CHUNK + 37;
+        let ones = Tensor::ones(n, DType::F32, &Device::Cpu)?;
+        assert_eq!(global_norm(&[ones])?, (n as f64).sqrt());
         Ok(())
     }
 

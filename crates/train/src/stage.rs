@@ -165,6 +165,8 @@ pub fn run_stage(
         let clock = Instant::now();
         let t = state.step;
         let batch = batches.next().ok_or_else(|| TrainError::config("loader ended", "report this as a defect"))??;
+        // Labels stay on the host, where masks and targets are made of them.
+        let batch = Batch { images_nchw: batch.images_nchw.to_device(data.device)?, ..batch };
         let inputs = StepInputs::forward(student.as_ref(), teacher, &batch, Mode::Train { seed: stage.seed, step: t })?;
         let terms = objective.terms(&inputs, t)?;
         let (loss, values) = finite_losses(&terms, t, &batch)?;

@@ -37,7 +37,7 @@ pub(crate) fn run(args: &Eval) -> Result<()> {
 }
 
 fn of_model(args: &Eval, model: &Path) -> Result<Summary> {
-    let device = super::device(&args.device)?;
+    let device = super::device(&super::device_name(&args.device), args.device.tf32)?;
     let split = args.split.as_deref().unwrap_or("val");
     let split: Split = split.parse().map_err(|e| usage!("{e}"))?;
     let network = read_final(model, &device)?;

@@ -7,10 +7,13 @@ use anyhow::Result;
 use candle_core::Device;
 
 use segdistill_data::{CamVid, Dataset, DecodedCache, Manifest, Split, StreetScenes, StreetScenesConfig};
+use segdistill_ops::device::{allow_tf32, n_cuda_devices, open_cuda};
 
+use crate::cli::DeviceArgs;
 use crate::exit::{UNAVAILABLE, coded, usage};
 use crate::recipe::DataPlan;
 
+pub(crate) mod bench;
 pub(crate) mod ci;
 pub(crate) mod data;
 pub(crate) mod eval;
@@ -42,19 +45,36 @@ pub(crate) fn data_root(id: &str, given: Option<PathBuf>) -> Result<PathBuf> {
     Ok(root)
 }
 
-/// The device called `name`.
-pub(crate) fn device(name: &str) -> Result<Device> {
+/// The name of the device to run on: as given, else the first CUDA device if this program and this machine have one, else
+/// the CPU.
+pub(crate) fn device_name(args: &DeviceArgs) -> String {
+    if let Some(given) = &args.device {
+        return given.clone();
+    }
+    match n_cuda_devices() {
+        Ok(_) => "cuda:0".into(),
+        Err(why) => {
+            if cfg!(feature = "cuda") {
+                log::warn!("running on the CPU: {why}");
+            }
+            "cpu".into()
+        }
+    }
+}
+
+/// The device called `name`, never replaced by another, with or without TF32.
+pub(crate) fn device(name: &str, tf32: bool) -> Result<Device> {
     if name == "cpu" {
+        if tf32 {
+            return Err(usage!("--tf32 changes nothing on the CPU\n  hint: leave it out, or add --device cuda:0"));
+        }
         return Ok(Device::Cpu);
     }
     let index = name.strip_prefix("cuda:").and_then(|i| i.parse::<usize>().ok());
     let index = index.ok_or_else(|| usage!("unknown device `{name}`, expected cpu or cuda:N"))?;
-    if !cfg!(feature = "cuda") {
-        return Err(usage!(
-            "device {name}: this program was built without CUDA\n  hint: build with --features cuda, or use --device cpu"
-        ));
-    }
-    Device::new_cuda(index).map_err(|e| usage!("device {name}: {e}"))
+    let device = open_cuda(index).map_err(|e| usage!("device {name}: {e}"))?;
+    allow_tf32(tf32);
+    Ok(device)
 }
 
 /// One split of the plan's data; `None` when the data set lacks it.
@@ -110,6 +130,25 @@ mod tests {
     use segdistill_data::{LabelMap, RgbImage};
 
     use super::*;
+
+    #[test]
+    fn a_device_that_was_named_is_never_replaced() {
+        let named = |device: &str| DeviceArgs { device: Some(device.into()), tf32: false };
+        assert_eq!(device_name(&named("cuda:7")), "cuda:7");
+        assert!(device("cpu", false).unwrap().is_cpu());
+        let refused = |name: &str, tf32| {
+            let error = device(name, tf32).unwrap_err();
+            assert_eq!(crate::exit::code_of(&error), crate::exit::USAGE);
+            format!("{error:#}")
+        };
+        assert!(refused("cpu", true).contains("--tf32"));
+        assert!(refused("gpu", false).contains("expected cpu or cuda:N"));
+        // No machine has a thousand: refused whether CUDA is there or not, and never run on the CPU instead.
+        assert!(refused("cuda:999", false).contains("device cuda:999"));
+        if n_cuda_devices().is_err() {
+            assert_eq!(device_name(&DeviceArgs::default()), "cpu");
+        }
+    }
 
     #[test]
     fn camvid_train_is_read_once_and_stays_the_same() {

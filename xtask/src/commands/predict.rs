@@ -87,7 +87,7 @@ const MOST_LOGITS: usize = 2 << 30;
 
 /// Runs the command.
 pub(crate) fn run(args: &Predict) -> Result<()> {
-    let device = super::device(&args.device)?;
+    let device = super::device(&super::device_name(&args.device), args.device.tf32)?;
     let files = images(&args.images)?;
     let jobs = jobs(&files, &args.out)?;
     let model = read_final(&args.model, &device)?;

@@ -28,7 +28,7 @@ pub(crate) fn out_dir(args: &RecipeArgs, plan: &Plan) -> PathBuf {
 /// Runs the command.
 pub(crate) fn run(args: &Reproduce) -> Result<()> {
     let plan = Plan::resolve(&args.recipe)?;
-    let device = super::device(&args.recipe.device)?;
+    let device = super::device(&plan.device, plan.tf32)?;
     if args.dry_run {
         return dry_run(&plan, &device, args.json);
     }

@@ -11,7 +11,7 @@ use crate::run_folder::{RunFolder, is_finished, read_config, stage_dir};
 /// Runs the command.
 pub(crate) fn run(args: &Train) -> Result<()> {
     let plan = Plan::resolve(&args.recipe)?;
-    let device = super::device(&args.recipe.device)?;
+    let device = super::device(&plan.device, plan.tf32)?;
     let wanted: Vec<_> = plan.students.iter().filter(|s| s.method == args.stage).collect();
     if args.stage != "teacher" && wanted.is_empty() {
         let mut known: Vec<&str> = plan.students.iter().map(|s| s.method.as_str()).collect();

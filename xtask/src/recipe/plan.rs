@@ -65,6 +65,9 @@ pub(crate) struct Plan {
     pub(crate) description: String,
     /// Where it runs.
     pub(crate) device: String,
+    /// Whether products on CUDA may round their factors to TF32.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) tf32: bool,
     /// Teacher weights given as a file instead of trained.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) teacher_weights: Option<PathBuf>,
@@ -121,7 +124,8 @@ impl Plan {
         Ok(Plan {
             recipe: recipe.name.clone(),
             description: recipe.description.clone(),
-            device: args.device.clone(),
+            device: crate::commands::device_name(&args.device),
+            tf32: args.device.tf32,
             teacher_weights: recipe.teacher_weights()?,
             data,
             expect: recipe.expect,
@@ -274,7 +278,7 @@ mod tests {
             out: None,
             seeds: None,
             methods: None,
-            device: "cpu".into(),
+            device: crate::cli::DeviceArgs { device: Some("cpu".into()), tf32: false },
         }
     }
 

@@ -5,7 +5,7 @@
 //! differs in the stage's first block and does not exist for these two networks.)
 
 use candle_core::Tensor;
-use segdistill_ops::{BatchNormConfig, Mode, Pool2dConfig, Scope, max_pool2d, relu};
+use segdistill_ops::{BatchNormConfig, Mode, Pool2dConfig, Scope, max_pool2d};
 
 use super::{Encoder, EncoderOptions, EncoderOutput, EncoderPlan, EncoderTaps, EncoderTrace, Normalisation};
 use crate::error::Result;
@@ -163,12 +163,9 @@ impl BasicBlock {
     }
 
     fn forward(&self, x_nchw: &Tensor, mode: Mode) -> Result<Tensor> {
-        let residual = self.conv2.forward(&self.conv1.forward(x_nchw, mode)?, mode)?;
-        let sum = match &self.downsample {
-            Some(skip) => (residual + skip.forward(x_nchw, mode)?)?,
-            None => (residual + x_nchw)?,
-        };
-        Ok(relu(&sum)?)
+        let skip = self.downsample.as_ref().map(|skip| skip.forward(x_nchw, mode)).transpose()?;
+        let inner = self.conv1.forward(x_nchw, mode)?;
+        self.conv2.forward_act(&inner, Some(skip.as_ref().unwrap_or(x_nchw)), true, mode)
     }
 }
 

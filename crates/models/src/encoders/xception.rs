@@ -189,20 +189,19 @@ impl Block {
         Ok(Self { convs: [conv(0)?, conv(1)?, conv(2)?], shape: *shape, projection })
     }
 
-    /// The block's output and what its second convolution gave, before any ReLU.
-    fn forward(&self, x_nchw: &Tensor, mode: Mode) -> Result<(Tensor, Tensor)> {
-        let step = |x: &Tensor, conv: &SeparableConv| match self.shape.skip {
-            Skip::None => conv.forward(x, mode),
-            Skip::Identity | Skip::Projection(_) => conv.forward(&relu(x)?, mode),
-        };
-        let second = step(&step(x_nchw, &self.convs[0])?, &self.convs[1])?;
-        let out = step(&second, &self.convs[2])?;
-        let out = match (&self.projection, self.shape.skip) {
-            (Some(projection), _) => (out + projection.forward(x_nchw, mode)?)?,
-            (None, Skip::None) => out,
-            (None, _) => (out + x_nchw)?,
-        };
-        Ok((out, second))
+    /// The block's output and, if `tapped`, what its second convolution gave, before any ReLU.
+    fn forward(&self, x_nchw: &Tensor, tapped: bool, mode: Mode) -> Result<(Tensor, Option<Tensor>)> {
+        let [first, second, third] = &self.convs;
+        if self.shape.skip == Skip::None {
+            let mid = second.forward(&first.forward(x_nchw, mode)?, mode)?;
+            return Ok((third.forward(&mid, mode)?, tapped.then_some(mid)));
+        }
+        // The ReLU before a convolution is formed at the end of the one before it, where nobody else looks between.
+        let mid = second.forward_act(&first.forward_act(&relu(x_nchw)?, None, true, mode)?, None, !tapped, mode)?;
+        let rectified = if tapped { relu(&mid)? } else { mid.clone() };
+        let projected = self.projection.as_ref().map(|projection| projection.forward(x_nchw, mode)).transpose()?;
+        let out = third.forward_act(&rectified, Some(projected.as_ref().unwrap_or(x_nchw)), false, mode)?;
+        Ok((out, tapped.then_some(mid)))
     }
 }
 
@@ -216,8 +215,8 @@ impl Encoder for Xception {
         let mut x = self.stem[1].forward(&self.stem[0].forward(images_nchw, mode)?, mode)?;
         let mut low_nchw = x.clone();
         for (i, block) in self.blocks.iter().enumerate() {
-            let (out, second) = block.forward(&x, mode)?;
-            if i == LOW_BLOCK {
+            let (out, second) = block.forward(&x, i == LOW_BLOCK, mode)?;
+            if let Some(second) = second {
                 // As DeepLab's `entry_flow/block2/.../separable_conv2_pointwise`; timm's tap lies one ReLU later.
                 low_nchw = second;
             }

@@ -1,7 +1,7 @@
 //! Convolution: its numbers and the layer.
 
-use candle_core::Tensor;
-use segdistill_ops::{Conv2dConfig, Init, OpsError, ParamKind, Scope, conv2d};
+use candle_core::{DType, Tensor};
+use segdistill_ops::{Conv2dConfig, Init, OpsError, ParamKind, Scope, conv2d, conv2d_fused};
 
 use crate::error::Result;
 
@@ -57,6 +57,7 @@ impl ConvShape {
             padding: [self.dilation * (self.kernel - 1) / 2; 2],
             dilation: [self.dilation; 2],
             groups: if self.depthwise { self.n_in } else { 1 },
+            ..Conv2dConfig::default()
         }
     }
 
@@ -137,5 +138,23 @@ impl Conv2d {
     /// `Ops(Shape)` when the channels differ.
     pub fn forward(&self, x_nchw: &Tensor) -> Result<Tensor> {
         Ok(conv2d(x_nchw, &self.weight, self.bias.as_ref(), self.config)?)
+    }
+
+    /// `act(conv(x) + residual)` without a graph, `act` being ReLU or nothing.
+    pub(super) fn infer(&self, x_nchw: &Tensor, residual_nchw: Option<&Tensor>, relu: bool) -> Result<Tensor> {
+        Ok(conv2d_fused(x_nchw, &self.weight, self.bias.as_ref(), residual_nchw, relu, self.config)?)
+    }
+
+    /// The convolution that gives `scale * conv(x) + shift`, formed in f64, in the weights' type.
+    ///
+    /// `scale_c` and `shift_c`: `[n_out]`, f64.
+    pub(super) fn scaled(&self, scale_c: &Tensor, shift_c: &Tensor) -> Result<Self> {
+        let dtype = self.weight.dtype();
+        let weight = self.weight.to_dtype(DType::F64)?.broadcast_mul(&scale_c.reshape(((), 1, 1, 1))?)?;
+        let bias = match &self.bias {
+            Some(bias) => ((bias.to_dtype(DType::F64)? * scale_c)? + shift_c)?,
+            None => shift_c.clone(),
+        };
+        Ok(Self { weight: weight.to_dtype(dtype)?, bias: Some(bias.to_dtype(dtype)?), config: self.config })
     }
 }

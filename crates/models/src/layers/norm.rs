@@ -1,7 +1,7 @@
 //! Batch normalisation and the convolutions it follows.
 
-use candle_core::Tensor;
-use segdistill_ops::{BatchNormConfig, Init, Mode, ParamKind, Scope, batch_norm, relu};
+use candle_core::{DType, Tensor};
+use segdistill_ops::{BatchNormConfig, Init, Mode, OpsError, ParamKind, Scope, batch_norm_act};
 
 use super::conv::{Conv2d, ConvShape};
 use crate::error::Result;
@@ -52,16 +52,38 @@ impl BatchNorm2d {
     /// # Source
     /// As [`BatchNorm2d`].
     pub fn forward(&self, x_nchw: &Tensor, mode: Mode) -> Result<Tensor> {
+        self.forward_act(x_nchw, None, false, mode)
+    }
+
+    /// `act(BN(x) + residual)` in one operation, `act` being ReLU or nothing.
+    fn forward_act(&self, x_nchw: &Tensor, residual_nchw: Option<&Tensor>, relu: bool, mode: Mode) -> Result<Tensor> {
         let (mean, var) = (&self.running_mean_c, &self.running_var_c);
-        Ok(batch_norm(x_nchw, &self.gamma_c, &self.beta_c, mean, var, self.config, mode)?)
+        Ok(batch_norm_act(x_nchw, &self.gamma_c, &self.beta_c, mean, var, residual_nchw, relu, self.config, mode)?)
+    }
+
+    /// `(scale, shift)` of `y = x * scale + shift`, which this is in evaluation: `scale = weight / sqrt(var + eps)`,
+    /// `shift = bias - mean * scale`; `[c]` each, f64.
+    fn affine(&self) -> Result<(Tensor, Tensor)> {
+        let wide = |t: &Tensor| t.detach().to_dtype(DType::F64);
+        let std = (wide(&self.running_var_c)? + self.config.eps)?.sqrt()?;
+        let scale = (wide(&self.gamma_c)? / std)?;
+        let shift = (wide(&self.beta_c)? - (wide(&self.running_mean_c)? * &scale)?)?;
+        Ok((scale, shift))
     }
 }
 
-/// Convolution and batch normalisation, no activation.
+/// Convolution and batch normalisation, in training two layers, over a frozen store one.
+///
+/// Over plain tensors (a frozen store) the normalisation is folded into the convolution when the layer is built:
+/// `W' = W * s`, `b' = bias - mean * s` with `s = weight / sqrt(var + eps)` for each output channel, formed in f64. Such
+/// a layer only evaluates.
 #[derive(Clone, Debug)]
-pub struct ConvBn {
-    conv: Conv2d,
-    bn: BatchNorm2d,
+pub struct ConvBn(Form);
+
+#[derive(Clone, Debug)]
+enum Form {
+    Trained { conv: Conv2d, bn: BatchNorm2d },
+    Folded(Conv2d),
 }
 
 impl ConvBn {
@@ -70,7 +92,13 @@ impl ConvBn {
     /// # Errors
     /// `Ops(Config)` when the names are taken.
     pub fn new(shape: ConvShape, config: BatchNormConfig, conv: &Scope, bn: &Scope) -> Result<Self> {
-        Ok(Self { conv: Conv2d::new(shape, conv)?, bn: BatchNorm2d::new(shape.n_out, config, bn)? })
+        let frozen = conv.is_frozen();
+        let (conv, bn) = (Conv2d::new(shape, conv)?, BatchNorm2d::new(shape.n_out, config, bn)?);
+        if !frozen {
+            return Ok(Self(Form::Trained { conv, bn }));
+        }
+        let (scale_c, shift_c) = bn.affine()?;
+        Ok(Self(Form::Folded(conv.scaled(&scale_c, &shift_c)?)))
     }
 
     /// `BN(conv(x))`.
@@ -79,13 +107,42 @@ impl ConvBn {
     /// `[n, n_in, h, w]` to `[n, n_out, h', w']`, sizes as [`ConvShape::output_hw`]
     /// # Gradient
     /// Reaches the input and the parameters of both; a bias of the convolution would get 0 in training, since the
-    /// normalisation takes it away again.
+    /// normalisation takes it away again. Folded there is none.
     /// # Errors
-    /// `Ops(Shape)` when the channels differ, or in training when a channel has a single value.
+    /// `Ops(Shape)` when the channels differ, or in training when a channel has a single value; `Ops(Config)` for
+    /// training over a frozen store.
     /// # Source
     /// Ioffe and Szegedy 2015, section 3.2: between convolution and activation, the bias left out.
     pub fn forward(&self, x_nchw: &Tensor, mode: Mode) -> Result<Tensor> {
-        self.bn.forward(&self.conv.forward(x_nchw)?, mode)
+        self.forward_act(x_nchw, None, false, mode)
+    }
+
+    /// `act(BN(conv(x)) + residual)`, `act` being ReLU with `relu`, else nothing; without a residual nothing is added.
+    ///
+    /// # Shapes
+    /// As [`ConvBn::forward`]; `residual_nchw`: of the result's shape
+    /// # Gradient
+    /// As [`ConvBn::forward`], and the residual's; 0 where the rectified output is 0.
+    /// # Errors
+    /// As [`ConvBn::forward`]; `Ops(Shape)` for a residual of another shape.
+    /// # Source
+    /// As [`ConvBn::forward`], and He et al. 2016 for the residual.
+    pub fn forward_act(
+        &self,
+        x_nchw: &Tensor,
+        residual_nchw: Option<&Tensor>,
+        relu: bool,
+        mode: Mode,
+    ) -> Result<Tensor> {
+        match &self.0 {
+            Form::Trained { conv, bn } => bn.forward_act(&conv.forward(x_nchw)?, residual_nchw, relu, mode),
+            Form::Folded(conv) if !mode.is_train() => conv.infer(x_nchw, residual_nchw, relu),
+            Form::Folded(_) => Err(OpsError::config(
+                "a network over a frozen store cannot train: its normalisations are folded into the convolutions",
+                "run it in Mode::Eval, or build it over ParamStore::trainable and load the weights",
+            )
+            .into()),
+        }
     }
 
     /// Trained elements of such a pair.
@@ -118,6 +175,6 @@ impl ConvBnRelu {
     /// # Source
     /// As [`ConvBn::forward`].
     pub fn forward(&self, x_nchw: &Tensor, mode: Mode) -> Result<Tensor> {
-        Ok(relu(&self.0.forward(x_nchw, mode)?)?)
+        self.0.forward_act(x_nchw, None, true, mode)
     }
 }

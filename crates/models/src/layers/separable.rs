@@ -1,7 +1,7 @@
 //! Depthwise separable convolution.
 
 use candle_core::Tensor;
-use segdistill_ops::{BatchNormConfig, Mode, Scope, relu};
+use segdistill_ops::{BatchNormConfig, Mode, Scope};
 
 use super::conv::ConvShape;
 use super::norm::ConvBn;
@@ -83,8 +83,28 @@ impl SeparableConv {
     /// # Source
     /// Chen et al. 2018 (DeepLabv3+), section 3.2: normalisation and ReLU also between the two parts.
     pub fn forward(&self, x_nchw: &Tensor, mode: Mode) -> Result<Tensor> {
-        let act = |x: Tensor| -> Result<Tensor> { if self.relu { Ok(relu(&x)?) } else { Ok(x) } };
-        let x_nchw = act(self.depthwise.forward(x_nchw, mode)?)?;
-        act(self.pointwise.forward(&x_nchw, mode)?)
+        self.forward_act(x_nchw, None, self.relu, mode)
+    }
+
+    /// [`SeparableConv::forward`] with its end chosen by the caller:
+    /// `end(BN(pointwise(act(BN(depthwise(x))))) + residual)`, `end` being ReLU with `relu`, else nothing.
+    ///
+    /// # Shapes
+    /// As [`SeparableConv::forward`]; `residual_nchw`: of the result's shape
+    /// # Gradient
+    /// As [`SeparableConv::forward`], and the residual's.
+    /// # Errors
+    /// As [`ConvBn::forward_act`].
+    /// # Source
+    /// As [`SeparableConv::forward`].
+    pub fn forward_act(
+        &self,
+        x_nchw: &Tensor,
+        residual_nchw: Option<&Tensor>,
+        relu: bool,
+        mode: Mode,
+    ) -> Result<Tensor> {
+        let inner = self.depthwise.forward_act(x_nchw, None, self.relu, mode)?;
+        self.pointwise.forward_act(&inner, residual_nchw, relu, mode)
     }
 }

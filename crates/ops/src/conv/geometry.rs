@@ -4,6 +4,7 @@ use candle_core::Tensor;
 
 use super::{Conv2dConfig, OP};
 use crate::error::{OpsError, Result};
+use crate::precision::Precision;
 
 /// Sizes that fit one another: whatever holds a `Geometry` indexes without asking again.
 #[derive(Clone, Copy, Debug)]
@@ -21,11 +22,12 @@ pub(super) struct Geometry {
     pub(super) padding: [usize; 2],
     pub(super) dilation: [usize; 2],
     pub(super) groups: usize,
+    pub(super) precision: Precision,
 }
 
 impl Geometry {
     pub(super) fn new(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, cfg: Conv2dConfig) -> Result<Self> {
-        let Conv2dConfig { stride, padding, dilation, groups } = cfg;
+        let Conv2dConfig { stride, padding, dilation, groups, precision } = cfg;
         let ([n, c_in, h, w], [c_out, c_group, kh, kw]) = (rank4(x, "x")?, rank4(weight, "weight")?);
         if groups == 0 || stride.contains(&0) || dilation.contains(&0) {
             return Err(OpsError::config(
@@ -75,7 +77,7 @@ impl Geometry {
                 "add padding, or use a larger image or a smaller dilation",
             ));
         };
-        Ok(Self { n, c_in, h, w, c_out, kh, kw, oh, ow, stride, padding, dilation, groups })
+        Ok(Self { n, c_in, h, w, c_out, kh, kw, oh, ow, stride, padding, dilation, groups, precision })
     }
 
     /// One input channel a group: no sum over channels.
@@ -83,9 +85,9 @@ impl Geometry {
         self.groups > 1 && self.groups == self.c_in
     }
 
-    /// A matrix product needs no packing: output pixel `p` sees input pixel `p` and nothing else.
-    pub(super) fn is_pointwise(&self) -> bool {
-        (self.kh, self.kw) == (1, 1) && self.stride == [1, 1] && self.padding == [0, 0]
+    /// A convolution with one tap of stride 1 and without padding, of this one's batch and groups.
+    pub(super) fn pointwise(&self) -> Self {
+        Self { kh: 1, kw: 1, stride: [1, 1], padding: [0, 0], dilation: [1, 1], ..*self }
     }
 
     pub(super) fn output_shape(&self) -> [usize; 4] {

@@ -7,14 +7,21 @@
 mod dense;
 mod depthwise;
 mod geometry;
+#[cfg(feature = "cuda")]
+mod on_cuda;
 mod pack;
+mod winograd;
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Shape, Tensor, WithDType};
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Layout, Shape, Tensor, WithDType};
 use rayon::prelude::*;
 
-use crate::cpu::{self, Element, check_cpu_float, for_float, slice_of, with_slice};
-use crate::error::Result;
+use crate::cpu::{self, Element, check_float, for_float, slice_of, with_slice};
+use crate::error::{OpsError, Result};
+use crate::kernels::Kernels;
+use crate::precision::Precision;
 use geometry::Geometry;
 
 const OP: &str = "conv2d";
@@ -30,11 +37,13 @@ pub struct Conv2dConfig {
     pub dilation: [usize; 2],
     /// Number of channel groups; equal to the input channels for a depthwise convolution.
     pub groups: usize,
+    /// What the factors of dense convolutions are rounded to.
+    pub precision: Precision,
 }
 
 impl Default for Conv2dConfig {
     fn default() -> Self {
-        Self { stride: [1, 1], padding: [0, 0], dilation: [1, 1], groups: 1 }
+        Self { stride: [1, 1], padding: [0, 0], dilation: [1, 1], groups: 1, precision: Precision::F32 }
     }
 }
 
@@ -67,7 +76,7 @@ impl Conv2dConfig {
 /// none: the gradient of the image batch or of a frozen weight is not computed.
 /// # Errors
 /// `Shape` when channels, groups, kernel or bias do not fit the input; `Config` for a stride, dilation or group count
-/// of 0, a type other than f32 and f64, or a tensor that is not on the CPU.
+/// of 0, a type other than f32 and f64, or a device without convolutions (CUDA without feature `cudnn`).
 /// # Source
 /// Dumoulin and Visin 2016 (sizes); the strips are the implicit GEMM of Chetlur et al. 2014 (cuDNN).
 pub fn conv2d(x_nchw: &Tensor, weight: &Tensor, bias: Option<&Tensor>, cfg: Conv2dConfig) -> Result<Tensor> {
@@ -76,14 +85,117 @@ pub fn conv2d(x_nchw: &Tensor, weight: &Tensor, bias: Option<&Tensor>, cfg: Conv
     let (x, weight) = (x_nchw.contiguous()?, weight.contiguous()?);
     match bias {
         None => {
-            check_cpu_float(OP, &[&x, &weight])?;
+            check(&[&x, &weight], cfg.precision)?;
             Ok(x.apply_op2(&weight, op)?)
         }
         Some(bias) => {
-            check_cpu_float(OP, &[&x, &weight, bias])?;
+            check(&[&x, &weight, bias], cfg.precision)?;
             Ok(x.apply_op3(&weight, &bias.contiguous()?, op)?)
         }
     }
+}
+
+/// `max(conv(x) + bias + residual, 0)`, or without the maximum, in one pass and without a graph: for inference.
+///
+/// # Shapes
+/// As [`conv2d`]; `residual`: that of the result
+/// # Gradient
+/// None: whatever stands behind the arguments, the result is a plain tensor.
+/// # Errors
+/// As [`conv2d`]; `Shape` when the residual's shape is not the result's.
+/// # Source
+/// As [`conv2d`]. With batch normalisation folded into weight and bias this is a whole residual block's end.
+pub fn conv2d_fused(
+    x_nchw: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    residual_nchw: Option<&Tensor>,
+    relu: bool,
+    cfg: Conv2dConfig,
+) -> Result<Tensor> {
+    let g = Geometry::new(x_nchw, weight, bias, cfg)?;
+    let given: Vec<&Tensor> = [Some(x_nchw), Some(weight), bias, residual_nchw].into_iter().flatten().collect();
+    check(&given, cfg.precision)?;
+    if let Some(residual) = residual_nchw
+        && residual.dims() != g.output_shape()
+    {
+        return Err(OpsError::shape(
+            OP,
+            format!("residual {:?}", residual.dims()),
+            format!("{:?}", g.output_shape()),
+            "the residual is added to the result, element by element",
+        ));
+    }
+    if x_nchw.device().is_cuda() {
+        let mut y = conv2d(&x_nchw.detach(), &weight.detach(), bias.map(Tensor::detach).as_ref(), cfg)?;
+        if let Some(residual) = residual_nchw {
+            y = (y + residual.detach())?;
+        }
+        return if relu { crate::activation::relu(&y) } else { Ok(y) };
+    }
+    let contiguous = |t: &Tensor| t.detach().contiguous();
+    let (x, weight) = (contiguous(x_nchw)?, contiguous(weight)?);
+    let (bias, residual) = (bias.map(contiguous).transpose()?, residual_nchw.map(contiguous).transpose()?);
+    /// Calls `f` with the elements of a tensor that may be absent.
+    fn with_optional<T: Element, R>(
+        tensor: Option<&Tensor>,
+        f: impl FnOnce(Option<&[T]>) -> candle_core::Result<R>,
+    ) -> candle_core::Result<R> {
+        match tensor {
+            Some(tensor) => with_slice::<T, _>(OP, tensor, |t| f(Some(t))),
+            None => f(None),
+        }
+    }
+    let out = for_float!(OP, x.dtype(), T => with_slice::<T, _>(OP, &x, |x| with_slice::<T, _>(OP, &weight, |w| {
+        with_optional(bias.as_ref(), |bias| with_optional(residual.as_ref(), |residual| {
+            Tensor::from_vec(forward(&g, x, w, Epilogue { bias, residual, relu }), &g.output_shape(), x_nchw.device())
+        }))
+    })))?;
+    Ok(out)
+}
+
+/// What is done to a sum before it is stored: `act(sum + bias + residual)`.
+#[derive(Clone, Copy)]
+struct Epilogue<'a, T> {
+    /// `[c_out]`
+    bias: Option<&'a [T]>,
+    /// `[n, c_out, oh, ow]`
+    residual: Option<&'a [T]>,
+    /// Whether negative results become 0.
+    relu: bool,
+}
+
+impl<T> Epilogue<'_, T> {
+    fn none() -> Self {
+        Self { bias: None, residual: None, relu: false }
+    }
+}
+
+fn forward<T: Kernels>(g: &Geometry, x: &[T], weight: &[T], epilogue: Epilogue<'_, T>) -> Vec<T> {
+    if g.is_depthwise() { depthwise::forward(g, x, weight, epilogue) } else { dense::forward(g, x, weight, epilogue) }
+}
+
+/// Refuses tensors that no convolution of this build takes.
+fn check(tensors: &[&Tensor], precision: Precision) -> Result<()> {
+    check_float(OP, tensors)?;
+    if precision == Precision::Bf16 {
+        if tensors[0].dtype() != DType::F32 {
+            return Err(OpsError::config(
+                format!("{OP}: bf16 products for {:?}, expected F32", tensors[0].dtype()),
+                "bf16 products are summed in f32: use f32 tensors, or precision f32",
+            ));
+        }
+        if tensors[0].device().is_cpu() {
+            precision.on_cpu()?;
+        }
+    }
+    if tensors[0].device().is_cuda() && !cfg!(feature = "cudnn") {
+        return Err(OpsError::config(
+            format!("{OP}: no convolution for {:?} in this build", tensors[0].device().location()),
+            "CUDA convolutions are cuDNN's: build with --features cuda,cudnn, or use the CPU",
+        ));
+    }
+    Ok(())
 }
 
 struct Convolution {
@@ -101,32 +213,31 @@ impl Convolution {
         let out = for_float!(OP, x.dtype(), T => {
             let (x, w) = (slice_of::<T>(OP, x, lx)?, slice_of::<T>(OP, w, lw)?);
             let bias = bias.map(|(b, lb)| slice_of::<T>(OP, b, lb)).transpose()?;
-            let y = if g.is_depthwise() { depthwise::forward(g, x, w, bias) } else { dense::forward(g, x, w, bias) };
-            Ok(T::to_cpu_storage_owned(y))
+            Ok(T::to_cpu_storage_owned(forward(g, x, w, Epilogue { bias, ..Epilogue::none() })))
         })?;
         Ok((out, Shape::from_dims(&g.output_shape())))
     }
 
     /// Gradients of input and weight, each only where a variable stands behind it.
     fn backward(&self, x: &Tensor, w: &Tensor, grad: &Tensor) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
+        #[cfg(feature = "cuda")]
+        if grad.device().is_cuda() {
+            return self.cuda_backward(x, w, grad);
+        }
         let g = &self.geometry;
         for_float!(OP, x.dtype(), T => with_slice::<T, _>(OP, grad, |dy| {
-            let dx = if x.track_op() {
-                let dx = with_slice::<T, _>(OP, w, |w| {
-                    Ok(if g.is_depthwise() { depthwise::input_grad(g, dy, w) } else { dense::input_grad(g, dy, w) })
-                })?;
-                Some(Tensor::from_vec(dx, x.shape(), x.device())?)
-            } else {
-                None
+            let (dx, dw) = with_slice::<T, _>(OP, x, |x_values| with_slice::<T, _>(OP, w, |w_values| {
+                let (for_dw, for_dx) = (w.track_op().then_some(x_values), x.track_op().then_some(w_values));
+                Ok(if g.is_depthwise() {
+                    depthwise::backward(g, dy, for_dw, for_dx)
+                } else {
+                    (for_dx.map(|w| dense::input_grad(g, dy, w)), for_dw.map(|x| dense::weight_grad(g, dy, x)))
+                })
+            }))?;
+            let tensor = |values: Option<Vec<T>>, like: &Tensor| {
+                values.map(|values| Tensor::from_vec(values, like.shape(), like.device())).transpose()
             };
-            let dw = if w.track_op() {
-                let dw = with_slice::<T, _>(OP, x, |x| {
-                    Ok(if g.is_depthwise() { depthwise::weight_grad(g, dy, x) } else { dense::weight_grad(g, dy, x) })
-                })?;
-                Some(Tensor::from_vec(dw, w.shape(), w.device())?)
-            } else {
-                None
-            };
+            let (dx, dw) = (tensor(dx, x)?, tensor(dw, w)?);
             Ok((dx, dw))
         }))
     }
@@ -145,6 +256,17 @@ impl CustomOp2 for Convolution {
         lw: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
         self.forward((x, lx), (w, lw), None)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        lx: &Layout,
+        w: &CudaStorage,
+        lw: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        self.cuda_forward((x, lx), (w, lw), None)
     }
 
     fn bwd(
@@ -175,6 +297,19 @@ impl CustomOp3 for Convolution {
         self.forward((x, lx), (w, lw), Some((b, lb)))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        lx: &Layout,
+        w: &CudaStorage,
+        lw: &Layout,
+        b: &CudaStorage,
+        lb: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        self.cuda_forward((x, lx), (w, lw), Some((b, lb)))
+    }
+
     fn bwd(
         &self,
         x: &Tensor,
@@ -185,6 +320,11 @@ impl CustomOp3 for Convolution {
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let grad = grad.contiguous()?;
         let (dx, dw) = self.backward(x, w, &grad)?;
+        #[cfg(feature = "cuda")]
+        if grad.device().is_cuda() {
+            let db = b.track_op().then(|| self.cuda_bias_grad(&grad)).transpose()?;
+            return Ok((dx, dw, db));
+        }
         let db = if b.track_op() {
             let db = for_float!(OP, grad.dtype(), T => with_slice::<T, _>(OP, &grad, |dy| {
                 Tensor::from_vec(channel_sums(&self.geometry, dy), b.shape(), b.device())

@@ -1,10 +1,14 @@
-//! Patches as matrices: im2col for a strip of output pixels, and its transpose, which adds back; weights turned for the
-//! input's gradient.
+//! Panels: patches of a strip of output pixels, output gradients, weights; and the transpose of the patches, which adds
+//! back.
 
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
+use rayon::prelude::*;
+
 use super::geometry::Geometry;
-use crate::cpu::{Element, par_chunks};
+use crate::cpu::{Element, Scratch, init};
+use crate::kernels::{Columns, Kernel, Pack, Run};
 
 /// Output columns `[lo, hi)` whose input column for tap `kj` lies inside the map.
 fn valid_columns(g: &Geometry, kj: usize) -> Range<usize> {
@@ -19,93 +23,122 @@ fn input_row(g: &Geometry, oy: usize, ki: usize) -> Option<usize> {
     (oy * g.stride[0] + ki * g.dilation[0]).checked_sub(g.padding[0]).filter(|&y| y < g.h)
 }
 
-/// Output rows that a strip of pixels touches: `(row, columns, place of the first column in the strip)`.
-fn rows(g: &Geometry, strip: &Range<usize>) -> impl Iterator<Item = (usize, Range<usize>, usize)> + use<> {
-    let (ow, strip) = (g.ow, strip.clone());
-    (strip.start / ow..strip.end.div_ceil(ow)).map(move |oy| {
-        let (start, end) = (strip.start.max(oy * ow), strip.end.min((oy + 1) * ow));
-        (oy, start - oy * ow..end - oy * ow, start - strip.start)
-    })
-}
-
-/// `out[(c kh + ki) kw + kj, p] = planes[c, y(p) s - p_h + ki d, x(p) s - p_w + kj d]`, 0 outside, for the pixels of
-/// `strip`.
-///
-/// `planes` holds whole `[h, w]` planes; `out` has `strip.len()` columns.
+/// Calls `f(place in the strip, input pixel of the first, pixels)` for every stretch of a strip of output pixels whose
+/// tap lies inside the map, in one row each; input pixels follow one another at the stride.
 #[inline(always)]
-pub(super) fn im2col<T: Element>(g: &Geometry, planes: &[T], strip: Range<usize>, out: &mut [T]) {
-    let (plane_len, len) = (g.h * g.w, strip.len());
-    // On a grid of equal width and stride 1 a tap is a shift of the whole plane, wrong only where it crosses a row's
-    // end.
-    let shift = g.stride == [1, 1] && g.ow == g.w;
-    for (c, plane) in planes.chunks_exact(plane_len).enumerate() {
-        for ki in 0..g.kh {
-            for kj in 0..g.kw {
-                let row = &mut out[((c * g.kh + ki) * g.kw + kj) * len..][..len];
-                if shift {
-                    shifted(g, plane, ki, kj, &strip, row);
-                } else {
-                    gathered(g, plane, ki, kj, &strip, row);
-                }
-            }
-        }
-    }
-}
-
-#[inline(always)]
-fn shifted<T: Element>(g: &Geometry, plane: &[T], ki: usize, kj: usize, strip: &Range<usize>, row: &mut [T]) {
-    let dy = (ki * g.dilation[0]) as isize - g.padding[0] as isize;
-    let dx = (kj * g.dilation[1]) as isize - g.padding[1] as isize;
-    let (offset, end) = (dy * g.w as isize + dx, plane.len() as isize);
-    // Where the strip, moved by the tap, lies inside the plane.
-    let from = (strip.start as isize + offset).clamp(0, end);
-    let to = (strip.end as isize + offset).clamp(from, end);
-    let first = (from - offset - strip.start as isize).clamp(0, row.len() as isize) as usize;
-    let n = (to - from) as usize;
-    row[..first].fill(T::ZERO);
-    row[first..first + n].copy_from_slice(&plane[from as usize..to as usize]);
-    row[first + n..].fill(T::ZERO);
-    if dx == 0 {
+fn stretches(g: &Geometry, tap: usize, strip: &Range<usize>, mut f: impl FnMut(usize, usize, usize)) {
+    let (ki, kj) = (tap / g.kw, tap % g.kw);
+    let valid = valid_columns(g, kj);
+    if strip.is_empty() || valid.is_empty() {
         return;
     }
-    let valid = valid_columns(g, kj);
-    for (_, columns, at) in rows(g, strip) {
-        let (left, right) =
-            (valid.start.clamp(columns.start, columns.end), valid.end.clamp(columns.start, columns.end));
-        for v in &mut row[at..at + left - columns.start] {
-            *v = T::ZERO;
-        }
-        for v in &mut row[at + right - columns.start..at + columns.len()] {
-            *v = T::ZERO;
+    for oy in strip.start / g.ow..strip.end.div_ceil(g.ow) {
+        let Some(y) = input_row(g, oy, ki) else { continue };
+        let first = oy * g.ow;
+        let lo = (first + valid.start).max(strip.start);
+        let hi = (first + valid.end).min(strip.end);
+        if lo < hi {
+            f(lo - strip.start, y * g.w + (lo - first) * g.stride[1] + kj * g.dilation[1] - g.padding[1], hi - lo);
         }
     }
 }
 
-#[inline(always)]
-fn gathered<T: Element>(g: &Geometry, plane: &[T], ki: usize, kj: usize, strip: &Range<usize>, row: &mut [T]) {
-    let (valid, stride) = (valid_columns(g, kj), g.stride[1]);
-    for (oy, columns, at) in rows(g, strip) {
-        let target = &mut row[at..at + columns.len()];
-        let Some(y) = input_row(g, oy, ki) else {
-            target.fill(T::ZERO);
-            continue;
-        };
-        let (lo, hi) = (valid.start.clamp(columns.start, columns.end), valid.end.clamp(columns.start, columns.end));
-        target[..lo - columns.start].fill(T::ZERO);
-        target[hi.max(lo) - columns.start..].fill(T::ZERO);
-        if lo >= hi {
-            continue;
-        }
-        let source = &plane[y * g.w + lo * stride + kj * g.dilation[1] - g.padding[1]..(y + 1) * g.w];
-        let target = &mut target[lo - columns.start..hi - columns.start];
-        match stride {
-            1 => target.copy_from_slice(&source[..target.len()]),
-            2 => every_second(source, target),
-            _ => {
-                for (t, s) in target.iter_mut().zip(source.iter().step_by(stride)) {
-                    *t = *s;
+/// Whether any pixel of the strip sees the map through `tap`.
+pub(super) fn tap_is_used(g: &Geometry, tap: usize, strip: &Range<usize>) -> bool {
+    let mut used = false;
+    stretches(g, tap, strip, |_, _, _| used = true);
+    used
+}
+
+/// Panels `[panel][tap][..]` of the patches of a strip, each tap of `taps` filled from all `planes` by `pack` into
+/// `tap_len` elements: `[channel][nr]` for `pack_rows`, pairs of channels for a kernel that takes them, and
+/// `[channel][nr]` values for `pack_along`.
+///
+/// The last panel is filled up with zeros.
+pub(super) fn pack_patches<T: Element, P>(
+    g: &Geometry,
+    nr: usize,
+    (pack, tap_len): (Pack<T, P>, usize),
+    planes: &[T],
+    strip: &Range<usize>,
+    taps: Range<usize>,
+    panels: &mut [P],
+) {
+    let mut runs: Vec<Run> = Vec::with_capacity(8);
+    for (panel, out) in panels.chunks_exact_mut(taps.len() * tap_len).enumerate() {
+        let start = strip.start + panel * nr;
+        let pixels = start..strip.end.min(start + nr);
+        for (tap, rows) in taps.clone().zip(out.chunks_exact_mut(tap_len)) {
+            runs.clear();
+            // Stretches that follow one another in the plane too become one: the rows of a map that a tap sees whole.
+            stretches(g, tap, &pixels, |at, from, len| match runs.last_mut() {
+                Some(last) if g.stride[1] == 1 && last.at + last.len == at && last.from + last.len == from => {
+                    last.len += len;
                 }
-            }
+                _ => runs.push(Run { at, len, from }),
+            });
+            pack(rows, planes, g.h * g.w, &runs, g.stride[1]);
+        }
+    }
+}
+
+/// Panels `[panel][pixel][nr]` of `rows` (channels, `row_step` apart) for a strip of pixels, pairs of pixels for a
+/// kernel that takes them: a transpose.
+///
+/// Pixels are filled up with zeros to `pixels`, channels to whole panels.
+pub(super) fn pack_transposed<T: Element, P: Scratch>(
+    kernel: &Kernel<T, P>,
+    rows: &[T],
+    row_step: usize,
+    n_rows: usize,
+    strip: &Range<usize>,
+    pixels: usize,
+    panels: &mut [P],
+) {
+    let Kernel { nr, pair, .. } = *kernel;
+    for (panel, out) in panels.chunks_exact_mut(pixels / pair * nr).enumerate() {
+        let rows = &rows[panel * nr * row_step + strip.start..];
+        let n_rows = nr.min(n_rows - panel * nr);
+        (kernel.pack_columns)(Columns { rows, step: row_step, n_rows, len: strip.len() }, out);
+    }
+}
+
+/// Transpose of the patches: adds row `(tap, channel)` of `patches` (`[tap][channel][strip]`, rows `step` apart) to the
+/// input pixels it was read from.
+#[inline(always)]
+pub(super) fn add_patches<T: Element>(
+    g: &Geometry,
+    patches: &[T],
+    step: usize,
+    strip: &Range<usize>,
+    planes: &mut [T],
+) {
+    let (plane_len, stride) = (g.h * g.w, g.stride[1]);
+    let channels = planes.len() / plane_len;
+    for tap in 0..g.taps() {
+        for (c, plane) in planes.chunks_exact_mut(plane_len).enumerate() {
+            let row = &patches[(tap * channels + c) * step..][..strip.len()];
+            stretches(g, tap, strip, |at, from, len| {
+                let source = &row[at..at + len];
+                let target = &mut plane[from..from + (len - 1) * stride + 1];
+                match stride {
+                    1 => {
+                        for (t, &s) in target.iter_mut().zip(source) {
+                            *t += s;
+                        }
+                    }
+                    2 => {
+                        for (t, &s) in target.chunks_mut(2).zip(source) {
+                            t[0] += s;
+                        }
+                    }
+                    _ => {
+                        for (t, &s) in target.iter_mut().step_by(stride).zip(source) {
+                            *t += s;
+                        }
+                    }
+                }
+            });
         }
     }
 }
@@ -121,58 +154,97 @@ pub(super) fn every_second<T: Element>(source: &[T], target: &mut [T]) {
     }
 }
 
-/// Transpose of [`im2col`]: adds every column entry to the input pixel it was read from.
-#[inline(always)]
-pub(super) fn col2im_add<T: Element>(g: &Geometry, columns_of: &[T], strip: Range<usize>, planes: &mut [T]) {
-    let (plane_len, len, stride) = (g.h * g.w, strip.len(), g.stride[1]);
-    for (c, plane) in planes.chunks_exact_mut(plane_len).enumerate() {
-        for ki in 0..g.kh {
-            for kj in 0..g.kw {
-                let row = &columns_of[((c * g.kh + ki) * g.kw + kj) * len..][..len];
-                let valid = valid_columns(g, kj);
-                for (oy, columns, at) in rows(g, &strip) {
-                    let Some(y) = input_row(g, oy, ki) else { continue };
-                    let lo = valid.start.clamp(columns.start, columns.end);
-                    let hi = valid.end.clamp(columns.start, columns.end);
-                    if lo >= hi {
-                        continue;
-                    }
-                    let first = y * g.w + lo * stride + kj * g.dilation[1] - g.padding[1];
-                    let source = &row[at + lo - columns.start..at + hi - columns.start];
-                    let target = &mut plane[first..(y + 1) * g.w];
-                    match stride {
-                        1 => {
-                            for (t, &s) in target.iter_mut().zip(source) {
-                                *t += s;
-                            }
-                        }
-                        2 => {
-                            for (t, &s) in target.chunks_mut(2).zip(source) {
-                                t[0] += s;
-                            }
-                        }
-                        _ => {
-                            for (t, &s) in target.iter_mut().step_by(stride).zip(source) {
-                                *t += s;
-                            }
+/// Weights as panels of broadcast rows, `[group][panel][tap][channel][mr]` or as the kernel's blocks have it, filled up
+/// with zeros to whole panels and blocks.
+pub(super) struct PackedWeight<P> {
+    data: Vec<P>,
+    panels: usize,
+    panel_len: usize,
+    /// Elements of a tap in a panel.
+    tap_len: usize,
+}
+
+impl<P: Scratch> PackedWeight<P> {
+    /// Rows are the output channels of a group, the sum runs over taps and its input channels.
+    pub(super) fn new<T: Element>(g: &Geometry, kernel: &Kernel<T, P>, weight: &[T]) -> Self {
+        let (cg, og, taps) = (g.c_in_group(), g.c_out_group(), g.taps());
+        Self::fill(kernel, g.groups, og, taps, cg, |group, row, t, c| weight[((group * og + row) * cg + c) * taps + t])
+    }
+
+    /// Rows are the input channels of a group, the sum runs over its output channels and taps turned by half a circle:
+    /// the weights of [`Geometry::input_grad`].
+    pub(super) fn turned<T: Element>(g: &Geometry, kernel: &Kernel<T, P>, weight: &[T]) -> Self {
+        let (cg, og, taps) = (g.c_in_group(), g.c_out_group(), g.taps());
+        Self::fill(kernel, g.groups, cg, taps, og, |group, row, t, o| {
+            weight[((group * og + o) * cg + row) * taps + taps - 1 - t]
+        })
+    }
+
+    /// Rows are `(tap, channel)` of the channels of a group given, the sum runs over its output channels: the patches'
+    /// own gradient.
+    pub(super) fn of_patches<T: Element>(
+        g: &Geometry,
+        kernel: &Kernel<T, P>,
+        weight: &[T],
+        group: usize,
+        channels: Range<usize>,
+    ) -> Self {
+        let (cg, og, taps, cb) = (g.c_in_group(), g.c_out_group(), g.taps(), channels.len());
+        Self::fill(kernel, 1, taps * cb, 1, og, |_, row, _, o| {
+            weight[((group * og + o) * cg + channels.start + row % cb) * taps + row / cb]
+        })
+    }
+
+    /// Panels of `value(group, row, tap, channel)`, on rayon.
+    fn fill<T: Element>(
+        kernel: &Kernel<T, P>,
+        groups: usize,
+        n_rows: usize,
+        taps: usize,
+        n_channels: usize,
+        value: impl Fn(usize, usize, usize, usize) -> T + Sync,
+    ) -> Self {
+        let Kernel { mr, pair, join, .. } = *kernel;
+        let steps = kernel.steps(n_channels);
+        let (panels, tap_len) = (n_rows.div_ceil(mr), steps * mr);
+        let panel_len = taps * tap_len;
+        let total = groups * panels * panel_len;
+        let mut data: Vec<P> = Vec::with_capacity(total);
+        data.spare_capacity_mut()[..total].par_chunks_mut(panel_len.max(1)).enumerate().for_each(
+            |(index, panel): (usize, &mut [MaybeUninit<P>])| {
+                let (group, first) = (index / panels, index % panels * mr);
+                let panel = init(panel, P::default());
+                let rows = mr.min(n_rows - first);
+                // Reads run along the weights' own order, which has the taps innermost.
+                for step in 0..n_channels.div_ceil(pair) {
+                    let c = step * pair;
+                    for t in 0..taps {
+                        let target = &mut panel[t * tap_len..][..tap_len];
+                        for i in 0..rows {
+                            let low = value(group, first + i, t, c);
+                            let high = if pair == 2 && c + 1 < n_channels {
+                                value(group, first + i, t, c + 1)
+                            } else {
+                                T::ZERO
+                            };
+                            target[kernel.place(step, i)] = join(low, high);
                         }
                     }
                 }
-            }
-        }
+            },
+        );
+        // SAFETY: `init` wrote every element of every panel, and the panels cover `..total`.
+        unsafe { data.set_len(total) };
+        Self { data, panels, panel_len, tap_len }
     }
-}
 
-/// Weights of [`Geometry::input_grad`]: `out[group cg + i, j, a, b] = weight[group og + j, i, kh - 1 - a, kw - 1 - b]`.
-pub(super) fn turned_weight<T: Element>(g: &Geometry, weight: &[T]) -> Vec<T> {
-    let (cg, og, taps) = (g.c_in_group(), g.c_out_group(), g.taps());
-    par_chunks(weight.len(), og * taps, |row, out| {
-        let (group, i) = (row / cg, row % cg);
-        for (j, kernel) in out.chunks_exact_mut(taps).enumerate() {
-            let source = &weight[((group * og + j) * cg + i) * taps..][..taps];
-            for (t, s) in kernel.iter_mut().zip(source.iter().rev()) {
-                *t = *s;
-            }
-        }
-    })
+    /// Panels of a group.
+    pub(super) fn panels(&self) -> usize {
+        self.panels
+    }
+
+    /// One panel of a group from step `step` of tap `tap` on.
+    pub(super) fn panel(&self, group: usize, panel: usize, tap: usize, step: usize, mr: usize) -> &[P] {
+        &self.data[(group * self.panels + panel) * self.panel_len..][..self.panel_len][tap * self.tap_len + step * mr..]
+    }
 }

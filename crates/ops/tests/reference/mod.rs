@@ -2,17 +2,18 @@
 #![allow(dead_code)] // Each test file is its own crate and takes what it needs.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::PathBuf;
 
 use candle_core::{DType, Device, Tensor, Var};
 use segdistill_ops::Result;
 use segdistill_ops::params::read_safetensors;
-use segdistill_ops::testing::{assert_close, random_f64};
+use segdistill_ops::testing::{assert_close, check_gradient, devices, random_f64};
 
 /// Tensors of `fixtures/{name}.safetensors`, written by `fixtures/make_ops.py`.
 pub(crate) fn fixture(name: &str) -> BTreeMap<String, Tensor> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(format!("{name}.safetensors"));
-    read_safetensors(&path, &Device::Cpu).unwrap()
+    // Cargo says where the crate lies; a test binary carried to another machine is told by the same variable.
+    let home = std::env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from);
+    read_safetensors(&home.join("tests/fixtures").join(format!("{name}.safetensors")), &Device::Cpu).unwrap()
 }
 
 /// Value of `f(x)` and the gradient of `sum(g * f(x))` with respect to x.
@@ -24,7 +25,21 @@ pub(crate) fn value_and_gradient(x: &Tensor, g: &Tensor, f: impl Fn(&Tensor) -> 
     (y.detach(), grads.get(&x).expect("x is used").clone())
 }
 
-/// Compares case `name` of a fixture with `f`, value and gradient, in f64 and f32.
+/// [`check_gradient`] with the inputs on every device.
+pub(crate) fn check_gradients(
+    inputs: &[Tensor],
+    f: impl Fn(&[Tensor]) -> Result<Tensor>,
+    max_probes: usize,
+    tolerance: f64,
+) -> Result<()> {
+    for device in devices() {
+        let there = inputs.iter().map(|t| t.to_device(&device)).collect::<candle_core::Result<Vec<_>>>()?;
+        check_gradient(&there, &f, max_probes, tolerance)?;
+    }
+    Ok(())
+}
+
+/// Compares case `name` of a fixture with `f`, value and gradient, in f64 and f32, on every device.
 pub(crate) fn check_case(
     cases: &BTreeMap<String, Tensor>,
     name: &str,
@@ -32,15 +47,20 @@ pub(crate) fn check_case(
     f: impl Fn(&Tensor) -> Result<Tensor>,
 ) {
     let part = |part: &str| cases.get(&format!("{name}.{part}")).unwrap_or_else(|| panic!("no {name}.{part}"));
-    for (dtype, tolerance, reason) in [
-        (DType::F64, 1e-12, "f64 against f64: another order of sums"),
-        (DType::F32, f32_tolerance, "f32 against f64: rounding of a few operations"),
-    ] {
-        let [x, g] = ["x", "g"].map(|p| part(p).to_dtype(dtype).unwrap());
-        let (y, dx) = value_and_gradient(&x, &g, &f);
-        assert_eq!((y.dtype(), dx.dtype()), (dtype, dtype), "{name}");
-        assert_close(&y, part("y"), tolerance, &format!("{name} value, {reason}"));
-        assert_close(&dx, part("dx"), tolerance, &format!("{name} gradient, {reason}"));
+    for device in devices() {
+        for (dtype, tolerance, reason) in [
+            (DType::F64, 1e-12, "f64 against f64: another order of sums"),
+            (DType::F32, f32_tolerance, "f32 against f64: rounding of a few operations"),
+        ] {
+            let [x, g] = ["x", "g"].map(|p| part(p).to_dtype(dtype).unwrap().to_device(&device).unwrap());
+            let (y, dx) = value_and_gradient(&x, &g, &f);
+            assert_eq!((y.dtype(), dx.dtype()), (dtype, dtype), "{name}");
+            // CUDA's exponentials and logarithms are off by one or two units in the last place.
+            let tolerance = if device.is_cpu() { tolerance } else { 4.0 * tolerance };
+            let place = device.location();
+            assert_close(&y, part("y"), tolerance, &format!("{name} value on {place:?}, {reason}"));
+            assert_close(&dx, part("dx"), tolerance, &format!("{name} gradient on {place:?}, {reason}"));
+        }
     }
 }
 
@@ -65,18 +85,20 @@ pub(crate) fn assert_threads_agree(shape: &[usize], f: impl Fn(&Tensor) -> Resul
 
 /// Asserts that the gradients of two consumers of one tensor add up: `f(x)` beside `3 x`.
 pub(crate) fn assert_consumers_add(shape: &[usize], f: impl Fn(&Tensor) -> Result<Tensor>) {
-    let x = random_f64(7, "consumers", shape);
-    let g = random_f64(8, "consumers", f(&x).unwrap().dims());
-    let (_, alone) = value_and_gradient(&x, &g, &f);
-    let expected = (alone + 3.0).unwrap();
-    for op_first in [true, false] {
-        let var = Var::from_tensor(&x).unwrap();
-        // A node between the variable and its consumers, as in a network.
-        let shared = var.as_tensor().affine(1.0, 0.0).unwrap();
-        let a = (f(&shared).unwrap() * &g).unwrap().sum_all().unwrap();
-        let b = (shared * 3.0).unwrap().sum_all().unwrap();
-        let loss = if op_first { (a + b).unwrap() } else { (b + a).unwrap() };
-        let grads = loss.backward().unwrap();
-        assert_close(grads.get(&var).unwrap(), &expected, 1e-12, "sums of two gradients");
+    for device in devices() {
+        let x = random_f64(7, "consumers", shape).to_device(&device).unwrap();
+        let g = random_f64(8, "consumers", f(&x).unwrap().dims()).to_device(&device).unwrap();
+        let (_, alone) = value_and_gradient(&x, &g, &f);
+        let expected = (alone + 3.0).unwrap();
+        for op_first in [true, false] {
+            let var = Var::from_tensor(&x).unwrap();
+            // A node between the variable and its consumers, as in a network.
+            let shared = var.as_tensor().affine(1.0, 0.0).unwrap();
+            let a = (f(&shared).unwrap() * &g).unwrap().sum_all().unwrap();
+            let b = (shared * 3.0).unwrap().sum_all().unwrap();
+            let loss = if op_first { (a + b).unwrap() } else { (b + a).unwrap() };
+            let grads = loss.backward().unwrap();
+            assert_close(grads.get(&var).unwrap(), &expected, 1e-12, "sums of two gradients");
+        }
     }
 }

@@ -10,8 +10,8 @@ const ARROWS: [(&str, &[&str]); 8] = [
     (LOSSES, &[OPS]),
     (EVAL, &[OPS]),
     (TRAIN, &[OPS, DATA, MODELS, LOSSES, EVAL]),
-    ("xtask", &[OPS, DATA, MODELS, LOSSES, EVAL, TRAIN]),
-    ("segdistill-benches", &[OPS, DATA, MODELS, LOSSES, EVAL, TRAIN]),
+    ("xtask", &[OPS, DATA, MODELS, LOSSES, EVAL, TRAIN, BENCHES]),
+    (BENCHES, &[OPS, DATA, MODELS, LOSSES, EVAL, TRAIN]),
 ];
 const OPS: &str = "segdistill-ops";
 const DATA: &str = "segdistill-data";
@@ -19,6 +19,7 @@ const MODELS: &str = "segdistill-models";
 const LOSSES: &str = "segdistill-losses";
 const EVAL: &str = "segdistill-eval";
 const TRAIN: &str = "segdistill-train";
+const BENCHES: &str = "segdistill-benches";
 
 const HINT: &str = "hint: arrows go xtask -> train -> {data, models, losses, eval} -> ops";
 

@@ -1,0 +1,676 @@
+//! Dense 3x3 convolution of stride 1 by Winograd's minimal filtering F(2x2, 3x3): 16 products for 4 outputs instead
+//! of 36.
+//!
+//! With `d` a 4x4 patch of the input and `g` a 3x3 kernel, a 2x2 tile of the output is
+//! `y = A^T [(G g G^T) * (B^T d B)] A`, `*` element by element; summed over channels the 16 elements are 16 matrix
+//! products over all tiles. Derived from it: `dg = G^T [(A dy A^T) * (B^T d B)] G`. A dilated convolution is one on each
+//! of the grids that every `dilation`-th pixel makes. The transforms only add, subtract and halve, so that the error
+//! stays that of a direct sum within a small factor.
+//!
+//! Source: Winograd 1980; Lavin and Gray 2016.
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::Epilogue;
+use super::geometry::Geometry;
+use crate::cpu::{Element, Shared, vectorised, with_scratch};
+use crate::kernels::{Columns, Kernel, Kernels, Run, Start, Tile};
+
+/// Elements of a patch.
+const PATCH: usize = 16;
+/// Channels whose patches are gathered before they are transformed: 100 KB in f32.
+const GATHERED: usize = 32;
+/// Fewest tasks worth starting; fixed, so that no result depends on the threads.
+const TASKS: usize = 8;
+
+/// Whether this way is open and, by the multiplications of both and the transforms, the shorter one.
+pub(super) fn is_shorter(g: &Geometry) -> bool {
+    if (g.kh, g.kw) != (3, 3) || g.stride != [1, 1] || g.groups != 1 || g.c_in < 16 || g.c_out < 16 {
+        return false;
+    }
+    // The direct way leaves out taps whose rows lie outside the map.
+    let rows = |ki: usize| (0..g.oh).filter(|oy| (oy + ki * g.dilation[0]).wrapping_sub(g.padding[0]) < g.h).count();
+    let direct = (3 * (0..3).map(rows).sum::<usize>() * g.ow * g.c_in * g.c_out) as f64;
+    // A transform costs about what six more channels would.
+    let tiles = Tiles::new(g).len;
+    (tiles * PATCH * (g.c_in * g.c_out + 6 * (g.c_in + g.c_out))) as f64 <= 0.95 * direct
+}
+
+/// Tiles of an image, row by row of each grid.
+struct Tiles {
+    rows: Vec<TileRow>,
+    len: usize,
+}
+
+/// Neighbouring tiles: tile `k` starts at output pixel `(y, x + 2 dilation k)`.
+#[derive(Clone, Copy)]
+struct TileRow {
+    /// Number of the first tile in the image.
+    first: usize,
+    len: usize,
+    y: usize,
+    x: usize,
+}
+
+impl Tiles {
+    fn new(g: &Geometry) -> Self {
+        let [dy, dx] = g.dilation;
+        let (mut rows, mut first) = (Vec::new(), 0);
+        for py in 0..dy.min(g.oh) {
+            for px in 0..dx.min(g.ow) {
+                let len = (g.ow - px).div_ceil(dx).div_ceil(2);
+                for y in (py..g.oh).step_by(2 * dy) {
+                    rows.push(TileRow { first, len, y, x: px });
+                    first += len;
+                }
+            }
+        }
+        Self { rows, len: first }
+    }
+
+    /// `f(place in the panel, part of a row)` for the tiles of a panel.
+    #[inline(always)]
+    fn parts(&self, g: &Geometry, panel: &Range<usize>, mut f: impl FnMut(usize, TileRow)) {
+        let from = self.rows.partition_point(|row| row.first + row.len <= panel.start);
+        for row in self.rows[from..].iter().take_while(|row| row.first < panel.end) {
+            let (start, end) = (row.first.max(panel.start), (row.first + row.len).min(panel.end));
+            let x = row.x + 2 * g.dilation[1] * (start - row.first);
+            f(start - panel.start, TileRow { first: start, len: end - start, x, ..*row });
+        }
+    }
+
+    /// Where row `r` and column `j` of every tile's patch lie on a map `[h, w]` that starts `padding` before the output.
+    fn runs(
+        &self,
+        g: &Geometry,
+        panel: &Range<usize>,
+        at: [usize; 2],
+        padding: [usize; 2],
+        hw: [usize; 2],
+    ) -> Vec<Run> {
+        let step = 2 * g.dilation[1];
+        let mut runs = Vec::with_capacity(4);
+        self.parts(g, panel, |place, row| {
+            let Some(y) = (row.y + at[0] * g.dilation[0]).checked_sub(padding[0]).filter(|&y| y < hw[0]) else {
+                return;
+            };
+            // Column of tile k: x + step k - padding, in 0..w.
+            let x = row.x + at[1] * g.dilation[1];
+            let lo = padding[1].saturating_sub(x).div_ceil(step).min(row.len);
+            let hi = (hw[1] + padding[1]).saturating_sub(x).div_ceil(step).min(row.len);
+            if lo < hi {
+                runs.push(Run { at: place + lo, len: hi - lo, from: y * hw[1] + x + step * lo - padding[1] });
+            }
+        });
+        runs
+    }
+}
+
+/// Vectors of `L` tiles.
+type Lanes<T, const L: usize> = [T; L];
+
+#[inline(always)]
+fn add<T: Element, const L: usize>(a: Lanes<T, L>, b: Lanes<T, L>) -> Lanes<T, L> {
+    let mut out = a;
+    for i in 0..L {
+        out[i] += b[i];
+    }
+    out
+}
+
+#[inline(always)]
+fn sub<T: Element, const L: usize>(a: Lanes<T, L>, b: Lanes<T, L>) -> Lanes<T, L> {
+    let mut out = a;
+    for i in 0..L {
+        out[i] -= b[i];
+    }
+    out
+}
+
+/// `B^T d` of one column or row.
+#[inline(always)]
+fn patch_line<T: Element, const L: usize>(d: [Lanes<T, L>; 4]) -> [Lanes<T, L>; 4] {
+    [sub(d[0], d[2]), add(d[1], d[2]), sub(d[2], d[1]), sub(d[1], d[3])]
+}
+
+/// `A d` of one column or row.
+#[inline(always)]
+fn gradient_line<T: Element, const L: usize>(d: [Lanes<T, L>; 2]) -> [Lanes<T, L>; 4] {
+    let zero = [T::ZERO; L];
+    [d[0], add(d[0], d[1]), sub(d[0], d[1]), sub(zero, d[1])]
+}
+
+/// `A^T m` of one column or row.
+#[inline(always)]
+fn output_line<T: Element, const L: usize>(m: [Lanes<T, L>; 4]) -> [Lanes<T, L>; 2] {
+    [add(add(m[0], m[1]), m[2]), sub(sub(m[1], m[2]), m[3])]
+}
+
+#[inline(always)]
+fn load<T: Element, const L: usize>(from: &[T], at: usize) -> Lanes<T, L> {
+    from[at..at + L].try_into().expect("a whole vector")
+}
+
+/// Column `j` of the `N` rows of `width` elements that stand one below the other, `step` apart.
+#[inline(always)]
+fn load_column<T: Element, const L: usize, const N: usize>(
+    from: &[T],
+    step: usize,
+    width: usize,
+    j: usize,
+    at: usize,
+) -> [Lanes<T, L>; N] {
+    let mut column = [[T::ZERO; L]; N];
+    for (r, lanes) in column.iter_mut().enumerate() {
+        *lanes = load(from, (width * r + j) * step + at);
+    }
+    column
+}
+
+/// `B^T d B` of `nr` tiles: rows of `from`, `from_step` apart, to rows of `to`, `to_step` apart.
+#[inline(always)]
+fn transform_patches<T: Element, const L: usize>(
+    nr: usize,
+    from: &[T],
+    from_step: usize,
+    to: &mut [T],
+    to_step: usize,
+) {
+    for at in (0..nr).step_by(L) {
+        let mut columns = [[[T::ZERO; L]; 4]; 4];
+        for (j, column) in columns.iter_mut().enumerate() {
+            *column = patch_line(load_column(from, from_step, 4, j, at));
+        }
+        for r in 0..4 {
+            let row = patch_line([columns[0][r], columns[1][r], columns[2][r], columns[3][r]]);
+            for (j, v) in row.iter().enumerate() {
+                to[(4 * r + j) * to_step + at..][..L].copy_from_slice(v);
+            }
+        }
+    }
+}
+
+/// `A dy A^T` of `nr` tiles, laid out as for [`transform_patches`] with 4 rows to 16.
+#[inline(always)]
+fn transform_gradients<T: Element, const L: usize>(
+    nr: usize,
+    from: &[T],
+    from_step: usize,
+    to: &mut [T],
+    to_step: usize,
+) {
+    for at in (0..nr).step_by(L) {
+        let mut columns = [[[T::ZERO; L]; 4]; 2];
+        for (j, column) in columns.iter_mut().enumerate() {
+            *column = gradient_line(load_column(from, from_step, 2, j, at));
+        }
+        for r in 0..4 {
+            let row = gradient_line([columns[0][r], columns[1][r]]);
+            for (j, v) in row.iter().enumerate() {
+                to[(4 * r + j) * to_step + at..][..L].copy_from_slice(v);
+            }
+        }
+    }
+}
+
+/// `A^T m A + bias` of `nr` tiles: 16 rows of `from`, `from_step` apart, to 4 rows of `nr`.
+#[inline(always)]
+fn transform_outputs<T: Element, const L: usize>(nr: usize, from: &[T], from_step: usize, bias: T, to: &mut [T]) {
+    for at in (0..nr).step_by(L) {
+        let mut columns = [[[T::ZERO; L]; 2]; 4];
+        for (j, column) in columns.iter_mut().enumerate() {
+            *column = output_line(load_column(from, from_step, 4, j, at));
+        }
+        for r in 0..2 {
+            let row = output_line([columns[0][r], columns[1][r], columns[2][r], columns[3][r]]);
+            for (j, v) in row.iter().enumerate() {
+                to[(2 * r + j) * nr + at..][..L].copy_from_slice(&add(*v, [bias; L]));
+            }
+        }
+    }
+}
+
+/// Calls one of the transforms with the longest vectors that fill panels of `nr` without rest.
+macro_rules! by_lanes {
+    ($nr:expr, $f:ident($($arg:expr),*)) => {
+        match $nr {
+            nr if nr % 16 == 0 => $f::<_, 16>(nr, $($arg),*),
+            nr if nr % 8 == 0 => $f::<_, 8>(nr, $($arg),*),
+            nr => $f::<_, 4>(nr, $($arg),*),
+        }
+    };
+}
+
+/// `G g G^T` for the kernels `[c_out][c_in][3][3]` as panels `[panel][16][channel][mr]`; with `turned` the rows are the
+/// input channels and the kernels stand on their heads.
+fn transform_weights<T: Kernels>(g: &Geometry, kernel: &Kernel<T>, weight: &[T], turned: bool) -> Vec<T> {
+    let (n_rows, n_channels) = if turned { (g.c_in, g.c_out) } else { (g.c_out, g.c_in) };
+    let mr = kernel.mr;
+    let tap_len = n_channels * mr;
+    let half = T::from_f64(0.5);
+    let line = |a: T, b: T, c: T| [a, (a + b + c) * half, (a - b + c) * half, c];
+    crate::cpu::par_chunks(n_rows.div_ceil(mr) * PATCH * tap_len, PATCH * tap_len, |index, panel| {
+        for i in 0..mr.min(n_rows - index * mr) {
+            let row = index * mr + i;
+            for c in 0..n_channels {
+                let at = if turned { c * g.c_in + row } else { row * g.c_in + c };
+                let mut k: [T; 9] = weight[at * 9..][..9].try_into().expect("nine taps");
+                if turned {
+                    k.reverse();
+                }
+                let columns: [[T; 4]; 3] = std::array::from_fn(|j| line(k[j], k[3 + j], k[6 + j]));
+                for r in 0..4 {
+                    for (j, v) in line(columns[0][r], columns[1][r], columns[2][r]).into_iter().enumerate() {
+                        panel[(4 * r + j) * tap_len + c * mr + i] = v;
+                    }
+                }
+            }
+        }
+    })
+}
+
+/// Patches of the channels in `planes` for one panel of tiles, transformed: `[16][channel][nr]`, the 16 `step` apart.
+fn transformed_patches<T: Kernels>(
+    kernel: &Kernel<T>,
+    runs: &[Vec<Run>; PATCH],
+    (step_of_run, plane_len): (usize, usize),
+    planes: &[T],
+    gathered: &mut [T],
+    out: &mut [T],
+    step: usize,
+) {
+    let nr = kernel.nr;
+    for (block, planes) in planes.chunks(GATHERED * plane_len).enumerate() {
+        let n = planes.len() / plane_len;
+        for (runs, rows) in runs.iter().zip(gathered.chunks_exact_mut(n * nr)) {
+            (kernel.pack_rows)(rows, planes, plane_len, runs, step_of_run);
+        }
+        vectorised(
+            #[inline(always)]
+            || {
+                for c in 0..n {
+                    let to = &mut out[(block * GATHERED + c) * nr..];
+                    by_lanes!(nr, transform_patches(&gathered[c * nr..], n * nr, to, step));
+                }
+            },
+        );
+    }
+}
+
+/// [`super::dense::forward`], or with `turned` [`super::dense::input_grad`] of the geometry that `g` was turned from.
+pub(super) fn forward<T: Kernels>(
+    g: &Geometry,
+    x: &[T],
+    weight: &[T],
+    turned_from: Option<&Geometry>,
+    epilogue: Epilogue<'_, T>,
+) -> Vec<T> {
+    let kernel = T::kernel();
+    let weights = transform_weights(turned_from.unwrap_or(g), kernel, weight, turned_from.is_some());
+    let tiles = Tiles::new(g);
+    let Kernel { mr, nr, .. } = *kernel;
+    let (plane, m) = (g.h * g.w, g.pixels());
+    let panels = tiles.len.div_ceil(nr);
+    let rows_out = g.c_out.next_multiple_of(mr);
+    let total = g.n * g.c_out * m;
+    let mut out: Vec<T> = Vec::with_capacity(total);
+    let shared = Shared::new(&mut out.spare_capacity_mut()[..total]);
+    (0..g.n * panels).into_par_iter().for_each(|task| {
+        let (image, start) = (task / panels, task % panels * nr);
+        let panel = start..tiles.len.min(start + nr);
+        let runs: [Vec<Run>; PATCH] =
+            std::array::from_fn(|i| tiles.runs(g, &panel, [i / 4, i % 4], g.padding, [g.h, g.w]));
+        let (patches_len, sums_len) = (PATCH * g.c_in * nr, PATCH * rows_out * nr);
+        with_scratch(patches_len + sums_len + PATCH * GATHERED * nr, |scratch: &mut [T]| {
+            let (patches, rest) = scratch.split_at_mut(patches_len);
+            let (sums, gathered) = rest.split_at_mut(sums_len);
+            let planes = &x[image * g.c_in * plane..][..g.c_in * plane];
+            let source = (2 * g.dilation[1], plane);
+            transformed_patches(kernel, &runs, source, planes, gathered, patches, g.c_in * nr);
+            let cols = panel.len().next_multiple_of(kernel.lanes);
+            for i in 0..PATCH {
+                let b = &patches[i * g.c_in * nr..][..g.c_in * nr];
+                for row in (0..rows_out).step_by(mr) {
+                    let a = &weights[(row / mr * PATCH + i) * g.c_in * mr..][..g.c_in * mr];
+                    let c = &mut sums[(i * rows_out + row) * nr..][..mr * nr];
+                    let tile = Tile {
+                        k: g.c_in,
+                        segments: 1,
+                        a: a.as_ptr(),
+                        a_segment: 0,
+                        b: b.as_ptr(),
+                        b_segment: 0,
+                        c: c.as_mut_ptr(),
+                        ldc: nr,
+                        rows: mr,
+                        cols,
+                        start: Start::Zero,
+                        residual: std::ptr::null(),
+                        relu: false,
+                    };
+                    // SAFETY: both panels and the window of `c` were sliced above.
+                    unsafe { (kernel.tile)(&tile) };
+                }
+            }
+            vectorised(
+                #[inline(always)]
+                || {
+                    for o in 0..g.c_out {
+                        let bias = epilogue.bias.map_or(T::ZERO, |bias| bias[o]);
+                        let to = &mut gathered[..4 * nr];
+                        by_lanes!(nr, transform_outputs(&sums[o * nr..], rows_out * nr, bias, to));
+                        scatter(g, &tiles, &panel, (image * g.c_out + o) * m, to, nr, &epilogue, &shared);
+                    }
+                },
+            );
+        });
+    });
+    // SAFETY: the tasks cover every tile of every image, and the tiles every pixel of every channel.
+    unsafe { out.set_len(total) };
+    out
+}
+
+/// Writes the four outputs of each tile of a panel, `[2][2][nr]`, into the plane that starts at `plane`.
+#[inline(always)]
+fn scatter<T: Element>(
+    g: &Geometry,
+    tiles: &Tiles,
+    panel: &Range<usize>,
+    plane: usize,
+    from: &[T],
+    nr: usize,
+    epilogue: &Epilogue<'_, T>,
+    shared: &Shared<'_, T>,
+) {
+    let [dy, dx] = g.dilation;
+    let finish = |v: T, at: usize| {
+        let v = epilogue.residual.map_or(v, |residual| v + residual[at]);
+        if epilogue.relu && v < T::ZERO { T::ZERO } else { v }
+    };
+    let plain = epilogue.residual.is_none() && !epilogue.relu;
+    tiles.parts(
+        g,
+        panel,
+        #[inline(always)]
+        |place, row| {
+            for i in 0..2 {
+                let y = row.y + i * dy;
+                if y >= g.oh {
+                    continue;
+                }
+                let first = plane + y * g.ow + row.x;
+                // The last tile of a row may have one column only.
+                let whole = row.len - usize::from(row.x + dx * (2 * row.len - 1) >= g.ow);
+                let (even, odd) =
+                    (&from[2 * i * nr + place..][..row.len], &from[(2 * i + 1) * nr + place..][..row.len]);
+                let span = if whole == row.len { dx * (2 * row.len - 1) + 1 } else { 2 * dx * whole + 1 };
+                if dx == 1 && plain {
+                    // SAFETY: every pixel belongs to one tile, and every tile to one task.
+                    let to = unsafe { shared.part(first..first + span) };
+                    let (pairs, rest) = to.as_chunks_mut::<2>();
+                    for ((pair, &even), &odd) in pairs.iter_mut().zip(even).zip(odd) {
+                        pair[0].write(even);
+                        pair[1].write(odd);
+                    }
+                    if let [last] = rest {
+                        last.write(even[whole]);
+                    }
+                    continue;
+                }
+                let to = shared.pointer(first, span);
+                // SAFETY: `span` elements from `first` on are inside the output, as `pointer` asserts; every pixel
+                // belongs to one tile, and every tile to one task.
+                unsafe {
+                    for k in 0..whole {
+                        to.add(2 * dx * k).write(finish(even[k], first + 2 * dx * k));
+                        to.add(2 * dx * k + dx).write(finish(odd[k], first + 2 * dx * k + dx));
+                    }
+                    if whole < row.len {
+                        to.add(2 * dx * whole).write(finish(even[whole], first + 2 * dx * whole));
+                    }
+                }
+            }
+        },
+    );
+}
+
+/// Elements of the packed patches and gradients of a strip of panels.
+const STRIP_ELEMENTS: usize = 1024 * 1024;
+
+/// [`super::dense::weight_grad`].
+///
+/// A task owns some input channels and a share of the tiles; shares are summed in order.
+pub(super) fn weight_grad<T: Kernels>(g: &Geometry, dy: &[T], x: &[T]) -> Vec<T> {
+    let (kernel, tiles) = (T::kernel(), Tiles::new(g));
+    let Kernel { mr, nr, .. } = *kernel;
+    let (plane, m, og) = (g.h * g.w, g.pixels(), g.c_out);
+    let channels = g.c_in.div_ceil(g.c_in.div_ceil(160));
+    let blocks = g.c_in.div_ceil(channels);
+    let columns = og.next_multiple_of(nr);
+    let panels = tiles.len.div_ceil(nr);
+    let strip = (STRIP_ELEMENTS / (PATCH * nr * (channels + columns))).clamp(1, 4).min(panels);
+    let strips = panels.div_ceil(strip);
+    let shares = TASKS.div_ceil(blocks).min(g.n * strips).max(1);
+    let per_share = (g.n * strips).div_ceil(shares);
+    let partials: Vec<Vec<T>> = (0..shares * blocks)
+        .into_par_iter()
+        .map(|task| {
+            let (share, c0) = (task / blocks, task % blocks * channels);
+            let cb = channels.min(g.c_in - c0);
+            let mut sum = vec![T::ZERO; PATCH * cb * og];
+            // As many rows more as a tile is high: it reads whole panels.
+            let (patches_len, gradients_len) = ((PATCH * strip * cb + mr) * nr, PATCH * columns * strip * nr);
+            let rows_len = PATCH * og.max(GATHERED) * nr;
+            let gathered_len = PATCH.max(4) * GATHERED * nr;
+            with_scratch(patches_len + gradients_len + rows_len + gathered_len, |scratch: &mut [T]| {
+                let (patches, rest) = scratch.split_at_mut(patches_len);
+                let (gradients, rest) = rest.split_at_mut(gradients_len);
+                let (rows, gathered) = rest.split_at_mut(rows_len);
+                for unit in share * per_share..(g.n * strips).min((share + 1) * per_share) {
+                    let (image, first) = (unit / strips, unit % strips * strip);
+                    let segments = strip.min(panels - first);
+                    for segment in 0..segments {
+                        let start = (first + segment) * nr;
+                        let panel = start..tiles.len.min(start + nr);
+                        let planes = &x[(image * g.c_in + c0) * plane..][..cb * plane];
+                        let runs: [Vec<Run>; PATCH] =
+                            std::array::from_fn(|i| tiles.runs(g, &panel, [i / 4, i % 4], g.padding, [g.h, g.w]));
+                        let (source, to) = ((2 * g.dilation[1], plane), &mut patches[segment * cb * nr..]);
+                        transformed_patches(kernel, &runs, source, planes, gathered, to, segments * cb * nr);
+                        let planes = &dy[image * og * m..][..og * m];
+                        transformed_gradients(g, kernel, &tiles, &panel, planes, gathered, rows);
+                        for i in 0..PATCH {
+                            for column in (0..columns).step_by(nr) {
+                                let at = ((i * columns + column) * segments + segment * nr) * nr;
+                                let rows = &rows[(i * og + column) * nr..];
+                                let columns = Columns { rows, step: nr, n_rows: nr.min(og - column), len: nr };
+                                (kernel.pack_columns)(columns, &mut gradients[at..][..nr * nr]);
+                            }
+                        }
+                    }
+                    for i in 0..PATCH {
+                        let patches = &patches[i * segments * cb * nr..];
+                        for row in (0..cb).step_by(mr) {
+                            let height = mr.min(cb - row);
+                            let a = &patches[row * nr..][..((segments - 1) * cb + mr) * nr];
+                            for column in (0..og).step_by(nr) {
+                                let width = nr.min(og - column);
+                                let b = &gradients[(i * columns + column) * segments * nr..][..segments * nr * nr];
+                                let at = (i * cb + row) * og + column;
+                                let c = sum[at..][..(height - 1) * og + width].as_mut_ptr();
+                                let tile = Tile {
+                                    k: nr,
+                                    segments,
+                                    a: a.as_ptr(),
+                                    a_segment: cb * nr,
+                                    b: b.as_ptr(),
+                                    b_segment: nr * nr,
+                                    c,
+                                    ldc: og,
+                                    rows: height,
+                                    cols: width,
+                                    start: Start::Add,
+                                    residual: std::ptr::null(),
+                                    relu: false,
+                                };
+                                // SAFETY: both panels and the window of `c` were sliced above; elements of `a` past the
+                                // block's rows are initialised scratch.
+                                unsafe { (kernel.tile_along)(&tile) };
+                            }
+                        }
+                    }
+                }
+            });
+            sum
+        })
+        .collect();
+    let half = T::from_f64(0.5);
+    // G^T of a line
+    let line = |m: [T; 4]| {
+        let (sum, difference) = ((m[1] + m[2]) * half, (m[1] - m[2]) * half);
+        [m[0] + sum, difference, sum + m[3]]
+    };
+    crate::cpu::par_chunks(og * g.c_in * 9, 16 * g.c_in * 9, |tile, out| {
+        for block in 0..blocks {
+            let c0 = block * channels;
+            let cb = channels.min(g.c_in - c0);
+            for c in 0..cb {
+                for j in 0..out.len() / (g.c_in * 9) {
+                    let mut m = [T::ZERO; PATCH];
+                    for share in 0..shares {
+                        let part = &partials[share * blocks + block];
+                        for (i, m) in m.iter_mut().enumerate() {
+                            *m += part[(i * cb + c) * og + tile * 16 + j];
+                        }
+                    }
+                    let columns: [[T; 3]; 4] = std::array::from_fn(|j| line([m[j], m[4 + j], m[8 + j], m[12 + j]]));
+                    for r in 0..3 {
+                        let row = line(std::array::from_fn(|j| columns[j][r]));
+                        out[(j * g.c_in + c0 + c) * 9 + 3 * r..][..3].copy_from_slice(&row);
+                    }
+                }
+            }
+        }
+    })
+}
+
+/// Output gradients of one panel of tiles, transformed: `[16][c_out][nr]`.
+fn transformed_gradients<T: Kernels>(
+    g: &Geometry,
+    kernel: &Kernel<T>,
+    tiles: &Tiles,
+    panel: &Range<usize>,
+    planes: &[T],
+    gathered: &mut [T],
+    rows: &mut [T],
+) {
+    let (nr, m) = (kernel.nr, g.pixels());
+    let runs: [Vec<Run>; 4] = std::array::from_fn(|i| tiles.runs(g, panel, [i / 2, i % 2], [0, 0], [g.oh, g.ow]));
+    for (block, planes) in planes.chunks(GATHERED * m).enumerate() {
+        let n = planes.len() / m;
+        for (runs, rows) in runs.iter().zip(gathered.chunks_exact_mut(n * nr)) {
+            (kernel.pack_rows)(rows, planes, m, runs, 2 * g.dilation[1]);
+        }
+        vectorised(
+            #[inline(always)]
+            || {
+                for c in 0..n {
+                    let to = &mut rows[(block * GATHERED + c) * nr..];
+                    by_lanes!(nr, transform_gradients(&gathered[c * nr..], n * nr, to, g.c_out * nr));
+                }
+            },
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Precision, dense};
+    use super::*;
+    use crate::testing::random_f64;
+
+    #[test]
+    fn it_is_the_direct_convolution() {
+        for (n, c, hw, dilation, padding) in [
+            (2, [17, 20], [9, 11], [1, 1], [1, 1]),
+            (1, [40, 33], [22, 30], [6, 6], [6, 6]),
+            (1, [16, 16], [13, 97], [1, 1], [0, 2]),
+            (1, [16, 49], [5, 4], [3, 2], [4, 1]),
+            (3, [33, 16], [3, 3], [1, 1], [1, 1]),
+            (1, [16, 16], [1, 1], [1, 1], [1, 1]),
+            (1, [16, 18], [10, 9], [12, 12], [12, 12]),
+        ] {
+            let side = |i: usize| hw[i] + 2 * padding[i] - 2 * dilation[i];
+            let g = Geometry {
+                n,
+                c_in: c[0],
+                h: hw[0],
+                w: hw[1],
+                c_out: c[1],
+                kh: 3,
+                kw: 3,
+                oh: side(0),
+                ow: side(1),
+                stride: [1, 1],
+                padding,
+                dilation,
+                groups: 1,
+                precision: Precision::F32,
+            };
+            let values = |n: usize, seed: u64| random_f64(seed, "v", &[n]).to_vec1::<f64>().expect("f64");
+            let (x, w) = (values(n * c[0] * hw[0] * hw[1], 0), values(c[0] * c[1] * 9, 1));
+            let (dy, bias) = (values(n * c[1] * g.pixels(), 2), values(c[1], 3));
+            let near = |what: &str, found: &[f64], expected: &[f64]| {
+                assert_eq!(found.len(), expected.len());
+                for (i, (f, e)) in found.iter().zip(expected).enumerate() {
+                    assert!((f - e).abs() < 1e-12 * (1.0 + e.abs()), "{what} {i} of {g:?}: {f} {e}");
+                }
+            };
+            for relu in [false, true] {
+                let epilogue = Epilogue { bias: Some(&bias), residual: relu.then_some(&dy[..]), relu };
+                let expected = dense::direct_forward(&g, &x, &w, epilogue);
+                near("forward", &forward(&g, &x, &w, None, epilogue), &expected);
+            }
+            if let Some(turned) = g.input_grad() {
+                let expected = dense::direct_input_grad(&g, &dy, &w);
+                near("input", &forward(&turned, &dy, &w, Some(&g), Epilogue::none()), &expected);
+            }
+            near("weight", &weight_grad(&g, &dy, &x), &dense::direct_weight_grad(&g, &dy, &x));
+        }
+    }
+
+    #[test]
+    fn in_f32_its_error_is_near_the_direct_one() {
+        let g = Geometry {
+            n: 1,
+            c_in: 64,
+            h: 20,
+            w: 24,
+            c_out: 32,
+            kh: 3,
+            kw: 3,
+            oh: 20,
+            ow: 24,
+            stride: [1, 1],
+            padding: [1, 1],
+            dilation: [1, 1],
+            groups: 1,
+            precision: Precision::F32,
+        };
+        let values = |n: usize, seed: u64| random_f64(seed, "v", &[n]).to_vec1::<f64>().expect("f64");
+        let single = |v: &[f64]| -> Vec<f32> { v.iter().map(|&v| v as f32).collect() };
+        let wide = |v: &[f32]| -> Vec<f64> { v.iter().map(|&v| f64::from(v)).collect() };
+        let (x, w) = (single(&values(64 * 480, 0)), single(&values(64 * 32 * 9, 1)));
+        let expected = dense::direct_forward(&g, &wide(&x), &wide(&w), Epilogue::none());
+        let rms = |found: &[f32]| {
+            let square = |v: f64| v * v;
+            let apart: f64 = found.iter().zip(&expected).map(|(&f, &e)| square(f64::from(f) - e)).sum();
+            (apart / expected.iter().map(|&e| square(e)).sum::<f64>()).sqrt()
+        };
+        let direct = rms(&dense::direct_forward(&g, &x, &w, Epilogue::none()));
+        let tiled = rms(&forward(&g, &x, &w, None, Epilogue::none()));
+        assert!(tiled < 4.0 * direct && tiled < 1e-6, "{tiled:.2e}, direct {direct:.2e}");
+    }
+}
