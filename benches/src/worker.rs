@@ -26,7 +26,8 @@ pub fn serve(input: impl BufRead, mut output: impl Write) -> Result<()> {
     };
     let threads = rayon::current_num_threads();
     let idle_kib = memory().map_or(0, |m| m.resident_kib);
-    let about = format!("segdistill {}", env!("CARGO_PKG_VERSION"));
+    let kernels = segdistill_ops::Precision::F32.on_cpu().unwrap_or("no");
+    let about = format!("segdistill {}, {kernels} kernels", env!("CARGO_PKG_VERSION"));
     say(&Reply::Hello(Hello { hello: HELLO.into(), about, threads, idle_kib }))?;
     let mut ready: Option<Ready> = None;
     for line in input.lines() {

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+use segdistill_ops::Precision;
 
 /// Knowledge distillation for semantic segmentation.
 #[derive(Debug, Parser)]
@@ -81,6 +82,9 @@ pub(crate) struct RecipeArgs {
     /// Objectives of the student, such as ce,csc+ce
     #[arg(long, value_delimiter = ',', value_name = "M,M")]
     pub(crate) methods: Option<Vec<String>>,
+    /// Products of training's convolutions, as --set train.precision=...; bf16 needs a processor that has it
+    #[arg(long, value_name = "f32|bf16", hide_possible_values = true, value_parser = Precision::ALL.map(Precision::name))]
+    pub(crate) precision: Option<String>,
     #[command(flatten)]
     pub(crate) device: DeviceArgs,
 }

@@ -83,7 +83,8 @@ impl RunFolder {
         let mut lock = Self::lock(path)?;
         if saved.is_file() {
             if resume {
-                let differences = differing_keys(&fs_err::read_to_string(&saved)?, &toml);
+                // Read and written again, so that a key which is newer than the folder has its default on both sides.
+                let differences = differing_keys(&Plan::read(&saved)?.to_toml()?, &toml);
                 if !differences.is_empty() {
                     return Err(usage!(
                         "`{}` was made by another plan: {}\n  hint: resume with the same recipe and settings, or start in another --out folder",
@@ -159,7 +160,7 @@ fn free_name(path: &Path) -> PathBuf {
 }
 
 /// Leaves of two TOML texts that differ, as `key was A, is B`.
-fn differing_keys(saved: &str, now: &str) -> Vec<String> {
+pub(crate) fn differing_keys(saved: &str, now: &str) -> Vec<String> {
     fn flat(prefix: &str, value: &toml::Value, out: &mut BTreeMap<String, String>) {
         match value {
             toml::Value::Table(t) => t.iter().for_each(|(k, v)| flat(&format!("{prefix}.{k}"), v, out)),
@@ -222,6 +223,8 @@ fn environment(plan: &Plan) -> serde_json::Value {
         "threads": std::env::var("RAYON_NUM_THREADS").ok(),
         "device": plan.device,
         "tf32": plan.tf32,
+        "precision": plan.teacher.precision.name(),
+        "kernels": plan.kernels(),
         "started_unix": started,
     })
 }

@@ -112,6 +112,44 @@ fn usage_errors_exit_with_2() {
 }
 
 #[test]
+fn an_unknown_precision_names_the_known_ones() {
+    for command in [&["reproduce"][..], &["train", "--stage", "ce"]] {
+        assert_refused(&[command, &["--precision", "f16"]].concat(), 2, &["f16", "f32", "bf16"]);
+        let set = ["--set", "train.precision=f16"];
+        assert_refused(&[command, &set].concat(), 2, &["`f16`", "`f32` or `bf16`", "train.precision"]);
+    }
+    let help = xtask_writing_nothing(&["train", "--help"]).stdout;
+    assert!(help.contains("--precision <f32|bf16>") && help.contains("train.precision"), "{help}");
+}
+
+#[test]
+fn bf16_is_planned_where_the_processor_has_it_and_refused_where_not() {
+    let mut args = vec!["reproduce", "--dry-run", "--precision", "bf16", "--device", "cpu"];
+    for set in ["data.height=32", "data.width=48", "input.size=[32,48]", "input.crop=[32,48]", "student.width=0.125"] {
+        args.extend(["--set", set]);
+    }
+    args.extend(["--set", "teacher.encoder=resnet18", "--set", "teacher.width=0.125"]);
+    match segdistill_ops::Precision::Bf16.on_cpu() {
+        Ok(kernels) => {
+            let run = xtask_writing_nothing(&args);
+            assert_eq!(run.code, 0, "{}", run.stderr);
+            let said = format!("in bf16 ({kernels})");
+            assert!(run.stdout.contains("precision = \"bf16\"") && run.stdout.contains(&said), "{}", run.stdout);
+        }
+        Err(_) => {
+            assert_refused(&args, 2, &["AMX-BF16", "AVX-512-BF16", "hint"]);
+            args.retain(|a| *a != "--dry-run");
+            assert_refused(&args, 2, &["AMX-BF16"]);
+            assert_refused(
+                &["train", "--stage", "teacher", "--precision", "bf16", "--device", "cpu"],
+                2,
+                &["AMX-BF16"],
+            );
+        }
+    }
+}
+
+#[test]
 fn a_missing_data_folder_exits_with_4() {
     assert_refused(&["data", "check", "--dataset", "camvid"], 4, &["--data-root", "SEGDISTILL_DATA_DIR"]);
     let missing = ["data", "check", "--dataset", "camvid", "--data-root", "no/such/folder"];

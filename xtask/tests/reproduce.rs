@@ -83,8 +83,33 @@ fn a_run_repeats_and_resumes_to_the_same_results() {
     let changed = tiny(&b, &["--resume", "--set", "optim.lr=0.3"]);
     assert_eq!(changed.status.code(), Some(2));
     assert!(text(&changed.stderr).contains("optim.lr was 0.05, is 0.3"), "{}", text(&changed.stderr));
+    of_one_precision(&b);
     later_commands(&a);
     wrong_teacher(&a);
+}
+
+/// A run says its precision, keeps it, and is f32 where it was written before there was another.
+fn of_one_precision(run: &Path) {
+    let facts: serde_json::Value = serde_json::from_str(&read(run.join("environment.json"))).unwrap();
+    assert_eq!(facts["precision"], "f32");
+    let page = read(run.join("report/index.html"));
+    if facts["device"] == "cpu" {
+        let kernels = segdistill_ops::Precision::F32.on_cpu().unwrap();
+        assert_eq!(facts["kernels"], kernels);
+        assert!(page.contains("kernels") && page.contains(kernels), "the report names the kernels");
+        if segdistill_ops::Precision::Bf16.on_cpu().is_ok() {
+            let changed = tiny(run, &["--resume", "--precision", "bf16"]);
+            assert_eq!(changed.status.code(), Some(2));
+            let said = "teacher.precision was \"f32\", is \"bf16\"";
+            assert!(text(&changed.stderr).contains(said), "{}", text(&changed.stderr));
+        }
+    }
+    let plan = read(run.join("plan.toml"));
+    let older = plan.replace("precision = \"f32\"\n", "");
+    assert!(older.len() < plan.len(), "{plan}");
+    fs_err::write(run.join("plan.toml"), older).unwrap();
+    good(&tiny(run, &["--resume"]));
+    assert_eq!(read(run.join("plan.toml")), plan);
 }
 
 /// `report`, `eval` and `predict` on a finished run.

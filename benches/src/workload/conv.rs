@@ -1,9 +1,9 @@
 //! Convolutions: the answer is compared with plain sums in f64.
 
 use candle_core::{DType, Tensor, Var};
-use segdistill_ops::{self as ops, Conv2dConfig, conv2d};
+use segdistill_ops::{Conv2dConfig, conv2d};
 
-use super::{Answer, Workload, sizes};
+use super::{Answer, Workload, products, sizes};
 use crate::case::{Precision, Work};
 use crate::error::{BenchError, Result};
 use crate::fill::filled;
@@ -39,10 +39,7 @@ impl Convolution {
                 padding: [padding; 2],
                 dilation: [dilation; 2],
                 groups,
-                precision: match precision {
-                    Precision::F32 => ops::Precision::F32,
-                    Precision::Bf16 => ops::Precision::Bf16,
-                },
+                precision: products(precision)?,
             },
             precision,
             name,

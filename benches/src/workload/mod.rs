@@ -8,6 +8,7 @@ mod operation;
 use std::collections::BTreeMap;
 
 use candle_core::Tensor;
+use segdistill_ops as ops;
 
 use crate::case::{Case, Precision, Work};
 use crate::error::{BenchError, Result};
@@ -56,14 +57,30 @@ pub fn prepare(case: &Case, precision: Precision) -> Result<Box<dyn Workload>> {
             Box::new(network::TrainStep::new(name, encoder, *input, *classes, precision)?)
         }
         Work::Inference { encoder, input, classes } => {
-            Box::new(network::Inference::new(name, encoder, *input, *classes, precision)?)
+            Box::new(network::Inference::new(name, encoder, *input, *classes)?)
         }
     })
 }
 
-/// Whether the products of a case can be taken in bf16.
+/// Whether the products of a case can be taken in bf16. A frozen network computes in f32 whatever it was trained in.
 pub fn has_bf16(work: &Work) -> bool {
-    matches!(work, Work::Conv { .. } | Work::Train { .. } | Work::Inference { .. })
+    matches!(work, Work::Conv { .. } | Work::Train { .. })
+}
+
+/// The precision as `ops` calls it.
+///
+/// # Errors
+/// `Usage` where the processor has no instructions for it.
+fn products(precision: Precision) -> Result<ops::Precision> {
+    let products = match precision {
+        Precision::F32 => ops::Precision::F32,
+        Precision::Bf16 => ops::Precision::Bf16,
+    };
+    match products.on_cpu() {
+        Ok(_) => Ok(products),
+        Err(ops::OpsError::Config { what, hint }) => Err(BenchError::usage(what, hint)),
+        Err(other) => Err(other.into()),
+    }
 }
 
 /// Largest distance between the answers of two sides, as a share of the second's: how far rounding and, in gradients,

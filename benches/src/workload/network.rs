@@ -11,7 +11,7 @@ use segdistill_models::{Frozen, ModelSpec, Segmenter, build};
 use segdistill_ops::{Mode, ParamKind, ParamStore};
 use segdistill_train::{Objective, OptimConfig, ScheduleConfig, Sgd, StepInputs, TermConfig, TermKind, global_norm};
 
-use super::{Answer, Workload, sizes};
+use super::{Answer, Workload, products, sizes};
 use crate::case::Precision;
 use crate::error::{BenchError, Result};
 use crate::fill::{filled, images, labels, parameter};
@@ -32,19 +32,9 @@ fn spec(encoder: &str, classes: usize) -> ModelSpec {
     ModelSpec { dropout: 0.0, ..ModelSpec::deeplabv3plus(encoder, classes) }
 }
 
-/// The one place where a precision reaches a network.
-fn check_precision(name: &str, precision: Precision) -> Result<()> {
-    match precision {
-        Precision::F32 => Ok(()),
-        Precision::Bf16 => {
-            Err(BenchError::usage(format!("{name}: this build has no bf16 networks"), "use --precision f32"))
-        }
-    }
-}
-
 /// A trainable network filled by the formula.
-fn network(spec: &ModelSpec) -> Result<(ParamStore, Box<dyn Segmenter>)> {
-    let store = ParamStore::trainable(0, DType::F32, &Device::Cpu);
+fn network(spec: &ModelSpec, precision: Precision) -> Result<(ParamStore, Box<dyn Segmenter>)> {
+    let store = ParamStore::trainable(0, DType::F32, &Device::Cpu).with_precision(products(precision)?);
     let model = build(spec, &store)?;
     for p in store.named() {
         if let Some(var) = p.var {
@@ -80,8 +70,7 @@ impl TrainStep {
         classes: usize,
         precision: Precision,
     ) -> Result<Self> {
-        check_precision(&name, precision)?;
-        let (store, model) = network(&spec(encoder, classes))?;
+        let (store, model) = network(&spec(encoder, classes), precision)?;
         let term = TermConfig { loss: TermKind::Ce, weight: 1.0, schedule: ScheduleConfig::Constant };
         let [n, _, h, w] = input;
         let batch = Batch {
@@ -146,14 +135,7 @@ pub(super) struct Inference {
 }
 
 impl Inference {
-    pub(super) fn new(
-        name: String,
-        encoder: &str,
-        input: [usize; 4],
-        classes: usize,
-        precision: Precision,
-    ) -> Result<Self> {
-        check_precision(&name, precision)?;
+    pub(super) fn new(name: String, encoder: &str, input: [usize; 4], classes: usize) -> Result<Self> {
         let spec = spec(encoder, classes);
         let model = Frozen::new(&spec, tensors(&spec)?, DType::F32, &Device::Cpu)?;
         Ok(Self { name, model, images_nchw: images(&input)?, spec })
@@ -164,7 +146,7 @@ impl Workload for Inference {
     fn answer(&mut self) -> Result<Answer> {
         let logits = self.model.forward(&self.images_nchw)?.logits_nchw;
         // The same weights through the graph that training evaluates with.
-        let (_store, model) = network(&self.spec)?;
+        let (_store, model) = network(&self.spec, Precision::F32)?;
         let expected = model.forward(&self.images_nchw, Mode::Eval)?.logits_nchw;
         let apart = segdistill_ops::testing::relative_error(&logits, &expected)?;
         if !(apart <= 1e-4) {
@@ -189,7 +171,7 @@ pub(super) struct SgdStep {
 
 impl SgdStep {
     pub(super) fn new(name: String, encoder: &str, classes: usize) -> Result<Self> {
-        let (store, _) = network(&spec(encoder, classes))?;
+        let (store, _) = network(&spec(encoder, classes), Precision::F32)?;
         let sgd = Sgd::new(&store, OPTIM)?;
         let grad = |p: &segdistill_ops::NamedParam| filled(&format!("grad/{}", p.name), p.tensor.dims(), 1.0);
         let grads = sgd.params().iter().map(grad).collect::<Result<Vec<_>>>()?;

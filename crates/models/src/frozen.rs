@@ -14,6 +14,9 @@ use crate::spec::{ModelInfo, ModelSpec};
 /// Batch normalisation is folded into the convolutions when it is built, and ReLU and residual sum are part of them, so
 /// that it runs faster than [`build`]'s network; both give the same to rounding (1e-5 of the largest value in f32,
 /// 1e-12 in f64, logits and features alike).
+///
+/// Products are f32 (or f64), whatever precision the weights were trained with: scores, predictions and a teacher's
+/// targets do not depend on it.
 pub struct Frozen {
     model: Box<dyn Segmenter>,
 }

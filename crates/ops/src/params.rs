@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use candle_core::{DType, Device, Tensor, Var};
 
 use crate::error::{DTypeDifference, Mismatch, OpsError, Result, ShapeDifference};
+use crate::precision::Precision;
 use crate::rng::Stream;
 
 /// What a tensor of the store is for; decides decay, optimizer state and gradient.
@@ -79,6 +80,7 @@ pub struct ParamStore {
     seed: u64,
     dtype: DType,
     device: Device,
+    precision: Precision,
 }
 
 /// One tensor of a store, as listed by [`ParamStore::named`].
@@ -105,7 +107,7 @@ impl ParamStore {
     /// A store whose tensors are variables, filled from (seed, name).
     pub fn trainable(seed: u64, dtype: DType, device: &Device) -> Self {
         let inner = Inner { entries: BTreeMap::new(), frozen: None };
-        Self { inner: Arc::new(Mutex::new(inner)), seed, dtype, device: device.clone() }
+        Self { inner: Arc::new(Mutex::new(inner)), seed, dtype, device: device.clone(), precision: Precision::F32 }
     }
 
     /// A store that hands out plain tensors of `tensors`; call [`ParamStore::finish`] once the model is built.
@@ -119,7 +121,17 @@ impl ParamStore {
         let tensors = tensors.into_iter().map(copied).collect::<Result<BTreeMap<_, _>>>()?;
         let frozen = Frozen { tensors, mismatch: Mismatch::default() };
         let inner = Inner { entries: BTreeMap::new(), frozen: Some(frozen) };
-        Ok(Self { inner: Arc::new(Mutex::new(inner)), seed: 0, dtype, device: device.clone() })
+        let inner = Arc::new(Mutex::new(inner));
+        Ok(Self { inner, seed: 0, dtype, device: device.clone(), precision: Precision::F32 })
+    }
+
+    /// The same store, whose layers built from here on multiply in `precision`; tensors, their names and their type stay
+    /// as they are. A new store's precision is [`Precision::F32`].
+    ///
+    /// Nothing is checked here: a convolution of bf16 products refuses f64 tensors and a CPU without instructions for
+    /// them; [`Precision::on_cpu`] asks beforehand.
+    pub fn with_precision(self, precision: Precision) -> Self {
+        Self { precision, ..self }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -273,6 +285,11 @@ impl Scope {
     /// place.
     pub fn is_frozen(&self) -> bool {
         self.store.lock().frozen.is_some()
+    }
+
+    /// Precision of the products of layers built here.
+    pub fn precision(&self) -> Precision {
+        self.store.precision
     }
 
     /// Dotted path of this scope.

@@ -15,6 +15,17 @@ pub enum Precision {
 }
 
 impl Precision {
+    /// Every precision, the default first.
+    pub const ALL: [Precision; 2] = [Precision::F32, Precision::Bf16];
+
+    /// Name in recipes, plans and reports: `f32` or `bf16`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Precision::F32 => "f32",
+            Precision::Bf16 => "bf16",
+        }
+    }
+
     /// What carries it out on the CPU: the name of the kernels.
     ///
     /// # Errors

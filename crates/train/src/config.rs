@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use segdistill_models::ModelSpec;
+use segdistill_ops::Precision;
 
 use crate::error::{Result, TrainError};
 
@@ -30,6 +31,22 @@ pub struct Stage {
     pub class_weighting: ClassWeighting,
     /// Steps between two evaluations on val (and a checkpoint after each).
     pub eval_every: u64,
+    /// Precision of the products in training's convolutions. Weights, optimizer, losses, evaluation and a teacher's
+    /// outputs are f32 whatever it says.
+    #[serde(default, with = "PrecisionName")]
+    pub precision: Precision,
+}
+
+/// How a [`Precision`] is written in recipes, plans and checkpoints: `"f32"` or `"bf16"`.
+///
+/// For fields of that type, as `#[serde(with = "PrecisionName")]`; `ops` itself knows no serde.
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "Precision", rename_all = "lowercase")]
+pub enum PrecisionName {
+    /// `"f32"`
+    F32,
+    /// `"bf16"`
+    Bf16,
 }
 
 /// SGD and its schedule.

@@ -45,6 +45,7 @@
 //!     input: InputConfig { size: [32, 48], crop: [32, 48], scale: [1.0, 1.0], flip: 0.5, jitter: 0.1, workers: 1 },
 //!     class_weighting: ClassWeighting::None,
 //!     eval_every: 2,
+//!     precision: Default::default(),
 //! };
 //! let folder = std::env::temp_dir().join(format!("segdistill-example-{}", std::process::id()));
 //! let stop = AtomicBool::new(false);
@@ -70,7 +71,9 @@ mod schedule;
 mod stage;
 mod step;
 
-pub use config::{ClassWeighting, InputConfig, OptimConfig, ScheduleConfig, Stage, TermConfig, TermKind};
+pub use config::{
+    ClassWeighting, InputConfig, OptimConfig, PrecisionName, ScheduleConfig, Stage, TermConfig, TermKind,
+};
 pub use error::{Result, TrainError};
 pub use evaluate::{Evaluation, ImageResult, evaluate, image_tensor};
 pub use metrics_log::{read_metrics, read_validation};

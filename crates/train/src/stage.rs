@@ -109,9 +109,12 @@ pub fn run_stage(
     observer: &mut dyn Observer,
 ) -> Result<StageOutcome> {
     stage.validate()?;
+    if data.device.is_cpu() {
+        stage.precision.on_cpu()?;
+    }
     fs_err::create_dir_all(dir)?;
     let started = Instant::now();
-    let store = ParamStore::trainable(stage.seed, DType::F32, data.device);
+    let store = ParamStore::trainable(stage.seed, DType::F32, data.device).with_precision(stage.precision);
     let student = build(&stage.model, &store)?;
     let mut sgd = Sgd::new(&store, stage.optim.clone())?;
     let mut state = State {
@@ -280,7 +283,7 @@ fn class_weights(scheme: ClassWeighting, train: &dyn Dataset) -> Result<Option<V
     }
 }
 
-/// Scores of the present weights on val, whole images, running statistics, no graph.
+/// Scores of the present weights on val, whole images, running statistics, no graph, f32 products.
 fn validate(stage: &Stage, store: &ParamStore, data: &StageData<'_>) -> Result<Scores> {
     let frozen = Frozen::new(&stage.model, store.tensors(), store.dtype(), data.device)?;
     let logits = |images: &Tensor| Ok(frozen.forward(images)?.logits_nchw);

@@ -108,7 +108,8 @@ fn measure(args: &Bench, chosen: &[Case]) -> Result<Run> {
         patience: Duration::from_secs(args.timeout),
     };
     let mut contest = Contest::new(settings).map_err(told)?;
-    let peak = contest.start_ours().and_then(|mut side| side.peak()).map_err(told)?;
+    let mut ours = contest.start_ours().map_err(told)?;
+    let peak = ours.peak().map_err(told)?;
     let mut run = Run {
         date: args.date.clone().unwrap_or_else(today),
         command: command_line(args),
@@ -117,11 +118,12 @@ fn measure(args: &Bench, chosen: &[Case]) -> Result<Run> {
         rounds: args.rounds,
         least_ms: args.round_ms,
         precision,
-        versions: versions(contest.about_peer()),
+        versions: versions(&ours.hello().about, contest.about_peer()),
         load: vec![load_average()],
         peak: Some(peak),
         cases: Vec::new(),
     };
+    drop(ours);
     warn_if_busy(threads);
     println!("{}, {threads} threads, peak {:.0} GF/s (f32, {} bits)", run.machine.cpu, peak.gflops, peak.vector_bits);
     println!("{}", report::heading(precision));
@@ -241,12 +243,12 @@ fn command_line(args: &Bench) -> String {
     words.join(" ")
 }
 
-fn versions(peer: Option<&str>) -> std::collections::BTreeMap<String, String> {
+fn versions(ours: &str, peer: Option<&str>) -> std::collections::BTreeMap<String, String> {
     let first_line = |command: &str, args: &[&str]| {
         let out = Command::new(command).args(args).output().ok().filter(|o| o.status.success())?;
         Some(String::from_utf8_lossy(&out.stdout).lines().next()?.to_string())
     };
-    let mut known = vec![("segdistill".to_string(), env!("CARGO_PKG_VERSION").to_string())];
+    let mut known = vec![("ours".to_string(), ours.to_string())];
     let mut put = |name: &str, value: Option<String>| known.extend(value.map(|v| (name.to_string(), v)));
     put("rustc", first_line("rustc", &["--version"]));
     put("commit", first_line("git", &["describe", "--always", "--dirty"]));

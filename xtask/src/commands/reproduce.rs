@@ -29,6 +29,7 @@ pub(crate) fn out_dir(args: &RecipeArgs, plan: &Plan) -> PathBuf {
 pub(crate) fn run(args: &Reproduce) -> Result<()> {
     let plan = Plan::resolve(&args.recipe)?;
     let device = super::device(&plan.device, plan.tf32)?;
+    plan.check_precision(&device)?;
     if args.dry_run {
         return dry_run(&plan, &device, args.json);
     }
@@ -117,7 +118,9 @@ fn dry_run(plan: &Plan, device: &Device, json: bool) -> Result<()> {
                 serde_json::json!({ "stage": s, "params": c.params, "macs": c.macs, "estimated_seconds": seconds })
             })
             .collect();
-        let out = serde_json::json!({ "plan": plan, "stages": stages, "estimated_seconds": total });
+        let out = serde_json::json!({
+            "plan": plan, "kernels": plan.kernels(), "stages": stages, "estimated_seconds": total,
+        });
         println!("{}", serde_json::to_string_pretty(&out)?);
         return Ok(());
     }
@@ -143,8 +146,10 @@ fn dry_run(plan: &Plan, device: &Device, json: bool) -> Result<()> {
         );
     }
     println!(
-        "\ntraining takes about {} here, evaluation comes on top (from one measured step of each network)",
-        duration(total)
+        "\ntraining takes about {} here in {}{}, evaluation comes on top (from one measured step of each network)",
+        duration(total),
+        plan.teacher.precision.name(),
+        plan.kernels().map_or(String::new(), |name| format!(" ({name})")),
     );
     Ok(())
 }
@@ -161,7 +166,7 @@ struct Cost {
 /// Times a training step of a few crops: the fastest of three after one that warms up, or the second where steps are slow.
 fn measure(stage: &Stage, device: &Device) -> Result<Cost> {
     const SLOW: f64 = 5.0;
-    let store = ParamStore::trainable(0, DType::F32, device);
+    let store = ParamStore::trainable(0, DType::F32, device).with_precision(stage.precision);
     let network = build(&stage.model, &store)?;
     let [h, w] = stage.input.crop;
     let n_images = stage.batch_size.min(4);

@@ -14,7 +14,8 @@ use serde::Deserialize;
 use toml::Value;
 
 use segdistill_models::ModelSpec;
-use segdistill_train::{ClassWeighting, InputConfig, OptimConfig, Stage, TermConfig};
+use segdistill_ops::Precision;
+use segdistill_train::{ClassWeighting, InputConfig, OptimConfig, PrecisionName, Stage, TermConfig};
 
 use crate::cli::RecipeArgs;
 use crate::exit::{UNAVAILABLE, coded, usage};
@@ -86,6 +87,8 @@ struct TrainKeys {
     batch_size: usize,
     eval_every: u64,
     class_weighting: ClassWeighting,
+    #[serde(with = "PrecisionName")]
+    precision: Precision,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -103,9 +106,13 @@ struct Read {
 impl Recipe {
     /// Reads the recipe that `args` name and applies their changes.
     fn read(args: &RecipeArgs) -> Result<Read> {
-        let merged = layers::merge_all(&args.recipe, &args.set)?;
+        let precision = args.precision.iter().map(|name| format!("train.precision={name}"));
+        let settings: Vec<String> = args.set.iter().cloned().chain(precision).collect();
+        let merged = layers::merge_all(&args.recipe, &settings)?;
         let recipe = Value::Table(merged.table).try_into::<Recipe>();
-        let recipe = recipe.map_err(|e| usage!("recipe `{}`: {}", args.recipe, e.message()))?;
+        // Without a text to point into, what is left of a message is what is wrong and the key, each on its line.
+        let recipe =
+            recipe.map_err(|e| usage!("recipe `{}`: {}", args.recipe, e.to_string().trim().replace('\n', " ")))?;
         Ok(Read { recipe, written: merged.written })
     }
 
@@ -129,6 +136,7 @@ impl Recipe {
             input: self.input.clone(),
             class_weighting: self.train.class_weighting,
             eval_every: self.train.eval_every,
+            precision: self.train.precision,
         }
     }
 

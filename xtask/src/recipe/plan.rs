@@ -14,6 +14,7 @@ use super::{Read, Recipe};
 use crate::cli::RecipeArgs;
 use crate::commands::need_split;
 use crate::exit::{UNAVAILABLE, USAGE, coded, usage};
+use crate::run_folder::differing_keys;
 
 /// What a recipe promises; a run outside ends with exit code 5.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -134,12 +135,24 @@ impl Plan {
         })
     }
 
-    /// Checks what needs data and weights, before anything is written: both training splits are there and large enough,
-    /// and a given teacher fits.
+    /// Checks that `device` can train in the precision of every stage that is trained.
+    ///
+    /// # Errors
+    /// Exit code 2 with what the processor lacks.
+    pub(crate) fn check_precision(&self, device: &Device) -> Result<()> {
+        for stage in std::iter::once(&self.teacher).chain(&self.students).filter(|_| device.is_cpu()) {
+            stage.precision.on_cpu().map_err(|e| coded(USAGE, e))?;
+        }
+        Ok(())
+    }
+
+    /// Checks what needs data and weights, before anything is written: both training splits are there and large enough, a
+    /// given teacher fits, and the device has the precision.
     ///
     /// # Errors
     /// Exit code 2 for settings that cannot run, 4 for what is not there; a teacher that does not fit lists every difference.
     pub(crate) fn preflight(&self, device: &Device) -> Result<()> {
+        self.check_precision(device)?;
         let train = need_split(&self.data, Split::Train)?;
         need_split(&self.data, Split::Val)?;
         for stage in std::iter::once(&self.teacher).chain(&self.students) {
@@ -163,6 +176,11 @@ impl Plan {
         Ok(())
     }
 
+    /// Name of the kernels that carry out the precision on this processor; `None` on CUDA, where they are cuDNN's.
+    pub(crate) fn kernels(&self) -> Option<&'static str> {
+        (self.device == "cpu").then(|| self.teacher.precision.on_cpu().ok()).flatten()
+    }
+
     /// This plan joined to the one saved in a folder: the same data and teacher, and students of either.
     ///
     /// # Errors
@@ -171,8 +189,10 @@ impl Plan {
         let common =
             |p: &Plan| Plan { students: Vec::new(), description: String::new(), device: String::new(), ..p.clone() };
         if common(self) != common(saved) {
+            let differences = differing_keys(&common(saved).to_toml()?, &common(self).to_toml()?);
             return Err(usage!(
-                "the folder holds a run of other data or another teacher\n  hint: choose another --out folder"
+                "the folder holds a run of other data or another teacher: {}\n  hint: choose another --out folder",
+                differences.join("; ")
             ));
         }
         let mut joined = saved.clone();
@@ -268,6 +288,8 @@ fn data_plan(recipe: &Recipe, written: &[String], args: &RecipeArgs) -> Result<D
 
 #[cfg(test)]
 mod tests {
+    use segdistill_ops::Precision;
+
     use super::*;
 
     fn args(recipe: &str, set: &[&str]) -> RecipeArgs {
@@ -278,6 +300,7 @@ mod tests {
             out: None,
             seeds: None,
             methods: None,
+            precision: None,
             device: crate::cli::DeviceArgs { device: Some("cpu".into()), tf32: false },
         }
     }
@@ -318,6 +341,41 @@ mod tests {
     }
 
     #[test]
+    fn the_precision_reaches_every_stage_and_the_flag_is_a_setting() {
+        let precisions = |plan: &Plan| -> Vec<Precision> {
+            std::iter::once(&plan.teacher).chain(&plan.students).map(|s| s.precision).collect()
+        };
+        let default = Plan::resolve(&args("toy", &[])).unwrap();
+        assert!(precisions(&default).iter().all(|p| *p == Precision::F32));
+        let set = Plan::resolve(&args("toy", &["train.precision=bf16"])).unwrap();
+        assert!(precisions(&set).iter().all(|p| *p == Precision::Bf16));
+        let toml = set.to_toml().unwrap();
+        assert_eq!(toml.matches("precision = \"bf16\"").count(), 1 + set.students.len(), "{toml}");
+        let flag = RecipeArgs { precision: Some("bf16".into()), ..args("toy", &["train.precision=f32"]) };
+        assert_eq!(Plan::resolve(&flag).unwrap(), set, "the flag comes after --set");
+
+        // Plans of versions that knew one precision.
+        let toml = default.to_toml().unwrap();
+        let older = toml.replace("precision = \"f32\"\n", "");
+        assert!(older.len() < toml.len());
+        assert_eq!(toml::from_str::<Plan>(&older).unwrap(), default);
+    }
+
+    #[test]
+    fn what_this_processor_lacks_is_a_usage_error() {
+        let plan = Plan::resolve(&args("toy", &["train.precision=bf16"])).unwrap();
+        match (Precision::Bf16.on_cpu(), plan.check_precision(&Device::Cpu)) {
+            (Ok(_), checked) => checked.unwrap(),
+            (Err(why), checked) => {
+                let error = checked.unwrap_err();
+                assert_eq!(crate::exit::code_of(&error), 2);
+                assert!(format!("{error:#}").contains(&why.to_string()), "{error:#}");
+            }
+        }
+        Plan::resolve(&args("toy", &[])).unwrap().check_precision(&Device::Cpu).unwrap();
+    }
+
+    #[test]
     fn what_is_set_but_unused_is_refused() {
         let mut a = args("camvid-quick", &["data.height=64"]);
         a.data_root = Some(std::env::temp_dir());
@@ -344,6 +402,8 @@ mod tests {
             ("toy", vec!["objectives.cse.terms=[]"], "`cse`"),
             ("toy", vec!["teacher.lr=-1"], "teacher.lr = -1"),
             ("toy", vec!["optim.weight_decay=inf"], "optim.weight_decay = inf"),
+            ("toy", vec!["train.precision=f16"], "`f16`, expected `f32` or `bf16` in `train.precision`"),
+            ("toy", vec!["train.precision=16"], "`train.precision` in --set is 16"),
         ] {
             let error = Plan::resolve(&args(recipe, &set)).unwrap_err();
             assert_eq!(crate::exit::code_of(&error), 2, "{error:#}");

@@ -50,7 +50,7 @@ impl ConvShape {
         Self { bias: true, ..self }
     }
 
-    /// Geometry as the operation takes it.
+    /// Geometry as the operation takes it, products in f32.
     pub fn config(&self) -> Conv2dConfig {
         Conv2dConfig {
             stride: [self.stride; 2],
@@ -95,7 +95,8 @@ impl ConvShape {
     }
 }
 
-/// A convolution; parameters `weight` and, where it has one, `bias`.
+/// A convolution; parameters `weight` and, where it has one, `bias`. Its products have the precision of the scope it was
+/// built in.
 #[derive(Clone, Debug)]
 pub struct Conv2d {
     weight: Tensor,
@@ -125,7 +126,8 @@ impl Conv2d {
             true => Some(scope.get("bias", &[shape.n_out], ParamKind::Bias, Init::Constant(0.0))?),
             false => None,
         };
-        Ok(Self { weight, bias, config: shape.config() })
+        let config = Conv2dConfig { precision: scope.precision(), ..shape.config() };
+        Ok(Self { weight, bias, config })
     }
 
     /// Convolves.
@@ -135,7 +137,7 @@ impl Conv2d {
     /// # Gradient
     /// Reaches input, weight and bias.
     /// # Errors
-    /// `Ops(Shape)` when the channels differ.
+    /// `Ops(Shape)` when the channels differ; `Ops(Config)` for bf16 products of f64 tensors or on a CPU without them.
     pub fn forward(&self, x_nchw: &Tensor) -> Result<Tensor> {
         Ok(conv2d(x_nchw, &self.weight, self.bias.as_ref(), self.config)?)
     }

@@ -1,5 +1,7 @@
 //! What the tests of this crate share: the formula that fills weights and images on both sides, and a built network.
 
+#![allow(dead_code)]
+
 use candle_core::{DType, Device, Tensor};
 use segdistill_models::{ModelSpec, Segmenter, build};
 use segdistill_ops::ParamStore;

@@ -1,3 +1,5 @@
+//! Every kernel against naive sums.
+
 use super::*;
 
 /// Panels of every kernel hold values or pairs of them; this reads them back.
@@ -257,9 +259,9 @@ fn bf16_rounds_to_nearest_even() {
     // 1 + 2^-8 lies half way between 1 and 1 + 2^-7, 1 + 3 * 2^-8 between 1 + 2^-7 and 1 + 2^-6.
     let cases = [
         (1.0, 1.0),
-        (1.003_906_25, 1.0),
-        (1.011_718_75, 1.015_625),
-        (1.004, 1.007_812_5),
+        (1.0 + 1.0 / 256.0, 1.0),
+        (1.0 + 3.0 / 256.0, 1.0 + 1.0 / 64.0),
+        (1.004, 1.0 + 1.0 / 128.0),
         (-3.0e38, -3.004_055_3e38),
         (f32::MAX, f32::INFINITY),
         (f32::NEG_INFINITY, f32::NEG_INFINITY),

@@ -322,3 +322,15 @@ fn unreadable_weights_name_the_file() {
     assert!(matches!(error, OpsError::Weights { .. }));
     assert!(error.to_string().contains("absent/weights.safetensors"), "{error}");
 }
+
+#[test]
+fn the_precision_reaches_every_scope_and_changes_no_tensor() {
+    let plain = trainable(1, true);
+    assert_eq!(plain.root().pp("conv1").precision(), Precision::F32);
+    let rounded = ParamStore::trainable(1, DType::F32, &Device::Cpu).with_precision(Precision::Bf16);
+    build(&rounded, true).unwrap();
+    assert_eq!(rounded.clone().root().pp("layer1").pp(0).precision(), Precision::Bf16);
+    assert_eq!(snapshot(&rounded), snapshot(&plain));
+    let frozen = ParamStore::frozen(rounded.tensors(), DType::F32, &Device::Cpu).unwrap();
+    assert_eq!(frozen.root().precision(), Precision::F32, "frozen from tensors, which know no precision");
+}

@@ -52,6 +52,7 @@ pub(crate) fn stage(terms: &[(TermKind, f64)]) -> Stage {
         input: InputConfig { size: HW, crop: HW, scale: [0.75, 1.5], flip: 0.5, jitter: 0.2, workers: 2 },
         class_weighting: ClassWeighting::SqrtMedianFrequency,
         eval_every: 3,
+        precision: Default::default(),
     }
 }
 

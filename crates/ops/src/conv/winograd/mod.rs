@@ -9,6 +9,11 @@
 //!
 //! Source: Winograd 1980; Lavin and Gray 2016.
 
+#[cfg(test)]
+mod tests;
+mod tiles;
+mod transforms;
+
 use std::ops::Range;
 
 use rayon::prelude::*;
@@ -17,6 +22,8 @@ use super::Epilogue;
 use super::geometry::Geometry;
 use crate::cpu::{Element, Shared, vectorised, with_scratch};
 use crate::kernels::{Columns, Kernel, Kernels, Run, Start, Tile};
+use tiles::Tiles;
+use transforms::{by_lanes, transform_gradients, transform_outputs, transform_patches};
 
 /// Elements of a patch.
 const PATCH: usize = 16;
@@ -36,211 +43,6 @@ pub(super) fn is_shorter(g: &Geometry) -> bool {
     // A transform costs about what six more channels would.
     let tiles = Tiles::new(g).len;
     (tiles * PATCH * (g.c_in * g.c_out + 6 * (g.c_in + g.c_out))) as f64 <= 0.95 * direct
-}
-
-/// Tiles of an image, row by row of each grid.
-struct Tiles {
-    rows: Vec<TileRow>,
-    len: usize,
-}
-
-/// Neighbouring tiles: tile `k` starts at output pixel `(y, x + 2 dilation k)`.
-#[derive(Clone, Copy)]
-struct TileRow {
-    /// Number of the first tile in the image.
-    first: usize,
-    len: usize,
-    y: usize,
-    x: usize,
-}
-
-impl Tiles {
-    fn new(g: &Geometry) -> Self {
-        let [dy, dx] = g.dilation;
-        let (mut rows, mut first) = (Vec::new(), 0);
-        for py in 0..dy.min(g.oh) {
-            for px in 0..dx.min(g.ow) {
-                let len = (g.ow - px).div_ceil(dx).div_ceil(2);
-                for y in (py..g.oh).step_by(2 * dy) {
-                    rows.push(TileRow { first, len, y, x: px });
-                    first += len;
-                }
-            }
-        }
-        Self { rows, len: first }
-    }
-
-    /// `f(place in the panel, part of a row)` for the tiles of a panel.
-    #[inline(always)]
-    fn parts(&self, g: &Geometry, panel: &Range<usize>, mut f: impl FnMut(usize, TileRow)) {
-        let from = self.rows.partition_point(|row| row.first + row.len <= panel.start);
-        for row in self.rows[from..].iter().take_while(|row| row.first < panel.end) {
-            let (start, end) = (row.first.max(panel.start), (row.first + row.len).min(panel.end));
-            let x = row.x + 2 * g.dilation[1] * (start - row.first);
-            f(start - panel.start, TileRow { first: start, len: end - start, x, ..*row });
-        }
-    }
-
-    /// Where row `r` and column `j` of every tile's patch lie on a map `[h, w]` that starts `padding` before the output.
-    fn runs(
-        &self,
-        g: &Geometry,
-        panel: &Range<usize>,
-        at: [usize; 2],
-        padding: [usize; 2],
-        hw: [usize; 2],
-    ) -> Vec<Run> {
-        let step = 2 * g.dilation[1];
-        let mut runs = Vec::with_capacity(4);
-        self.parts(g, panel, |place, row| {
-            let Some(y) = (row.y + at[0] * g.dilation[0]).checked_sub(padding[0]).filter(|&y| y < hw[0]) else {
-                return;
-            };
-            // Column of tile k: x + step k - padding, in 0..w.
-            let x = row.x + at[1] * g.dilation[1];
-            let lo = padding[1].saturating_sub(x).div_ceil(step).min(row.len);
-            let hi = (hw[1] + padding[1]).saturating_sub(x).div_ceil(step).min(row.len);
-            if lo < hi {
-                runs.push(Run { at: place + lo, len: hi - lo, from: y * hw[1] + x + step * lo - padding[1] });
-            }
-        });
-        runs
-    }
-}
-
-/// Vectors of `L` tiles.
-type Lanes<T, const L: usize> = [T; L];
-
-#[inline(always)]
-fn add<T: Element, const L: usize>(a: Lanes<T, L>, b: Lanes<T, L>) -> Lanes<T, L> {
-    let mut out = a;
-    for i in 0..L {
-        out[i] += b[i];
-    }
-    out
-}
-
-#[inline(always)]
-fn sub<T: Element, const L: usize>(a: Lanes<T, L>, b: Lanes<T, L>) -> Lanes<T, L> {
-    let mut out = a;
-    for i in 0..L {
-        out[i] -= b[i];
-    }
-    out
-}
-
-/// `B^T d` of one column or row.
-#[inline(always)]
-fn patch_line<T: Element, const L: usize>(d: [Lanes<T, L>; 4]) -> [Lanes<T, L>; 4] {
-    [sub(d[0], d[2]), add(d[1], d[2]), sub(d[2], d[1]), sub(d[1], d[3])]
-}
-
-/// `A d` of one column or row.
-#[inline(always)]
-fn gradient_line<T: Element, const L: usize>(d: [Lanes<T, L>; 2]) -> [Lanes<T, L>; 4] {
-    let zero = [T::ZERO; L];
-    [d[0], add(d[0], d[1]), sub(d[0], d[1]), sub(zero, d[1])]
-}
-
-/// `A^T m` of one column or row.
-#[inline(always)]
-fn output_line<T: Element, const L: usize>(m: [Lanes<T, L>; 4]) -> [Lanes<T, L>; 2] {
-    [add(add(m[0], m[1]), m[2]), sub(sub(m[1], m[2]), m[3])]
-}
-
-#[inline(always)]
-fn load<T: Element, const L: usize>(from: &[T], at: usize) -> Lanes<T, L> {
-    from[at..at + L].try_into().expect("a whole vector")
-}
-
-/// Column `j` of the `N` rows of `width` elements that stand one below the other, `step` apart.
-#[inline(always)]
-fn load_column<T: Element, const L: usize, const N: usize>(
-    from: &[T],
-    step: usize,
-    width: usize,
-    j: usize,
-    at: usize,
-) -> [Lanes<T, L>; N] {
-    let mut column = [[T::ZERO; L]; N];
-    for (r, lanes) in column.iter_mut().enumerate() {
-        *lanes = load(from, (width * r + j) * step + at);
-    }
-    column
-}
-
-/// `B^T d B` of `nr` tiles: rows of `from`, `from_step` apart, to rows of `to`, `to_step` apart.
-#[inline(always)]
-fn transform_patches<T: Element, const L: usize>(
-    nr: usize,
-    from: &[T],
-    from_step: usize,
-    to: &mut [T],
-    to_step: usize,
-) {
-    for at in (0..nr).step_by(L) {
-        let mut columns = [[[T::ZERO; L]; 4]; 4];
-        for (j, column) in columns.iter_mut().enumerate() {
-            *column = patch_line(load_column(from, from_step, 4, j, at));
-        }
-        for r in 0..4 {
-            let row = patch_line([columns[0][r], columns[1][r], columns[2][r], columns[3][r]]);
-            for (j, v) in row.iter().enumerate() {
-                to[(4 * r + j) * to_step + at..][..L].copy_from_slice(v);
-            }
-        }
-    }
-}
-
-/// `A dy A^T` of `nr` tiles, laid out as for [`transform_patches`] with 4 rows to 16.
-#[inline(always)]
-fn transform_gradients<T: Element, const L: usize>(
-    nr: usize,
-    from: &[T],
-    from_step: usize,
-    to: &mut [T],
-    to_step: usize,
-) {
-    for at in (0..nr).step_by(L) {
-        let mut columns = [[[T::ZERO; L]; 4]; 2];
-        for (j, column) in columns.iter_mut().enumerate() {
-            *column = gradient_line(load_column(from, from_step, 2, j, at));
-        }
-        for r in 0..4 {
-            let row = gradient_line([columns[0][r], columns[1][r]]);
-            for (j, v) in row.iter().enumerate() {
-                to[(4 * r + j) * to_step + at..][..L].copy_from_slice(v);
-            }
-        }
-    }
-}
-
-/// `A^T m A + bias` of `nr` tiles: 16 rows of `from`, `from_step` apart, to 4 rows of `nr`.
-#[inline(always)]
-fn transform_outputs<T: Element, const L: usize>(nr: usize, from: &[T], from_step: usize, bias: T, to: &mut [T]) {
-    for at in (0..nr).step_by(L) {
-        let mut columns = [[[T::ZERO; L]; 2]; 4];
-        for (j, column) in columns.iter_mut().enumerate() {
-            *column = output_line(load_column(from, from_step, 4, j, at));
-        }
-        for r in 0..2 {
-            let row = output_line([columns[0][r], columns[1][r], columns[2][r], columns[3][r]]);
-            for (j, v) in row.iter().enumerate() {
-                to[(2 * r + j) * nr + at..][..L].copy_from_slice(&add(*v, [bias; L]));
-            }
-        }
-    }
-}
-
-/// Calls one of the transforms with the longest vectors that fill panels of `nr` without rest.
-macro_rules! by_lanes {
-    ($nr:expr, $f:ident($($arg:expr),*)) => {
-        match $nr {
-            nr if nr % 16 == 0 => $f::<_, 16>(nr, $($arg),*),
-            nr if nr % 8 == 0 => $f::<_, 8>(nr, $($arg),*),
-            nr => $f::<_, 4>(nr, $($arg),*),
-        }
-    };
 }
 
 /// `G g G^T` for the kernels `[c_out][c_in][3][3]` as panels `[panel][16][channel][mr]`; with `turned` the rows are the
@@ -582,95 +384,5 @@ fn transformed_gradients<T: Kernels>(
                 }
             },
         );
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::{Precision, dense};
-    use super::*;
-    use crate::testing::random_f64;
-
-    #[test]
-    fn it_is_the_direct_convolution() {
-        for (n, c, hw, dilation, padding) in [
-            (2, [17, 20], [9, 11], [1, 1], [1, 1]),
-            (1, [40, 33], [22, 30], [6, 6], [6, 6]),
-            (1, [16, 16], [13, 97], [1, 1], [0, 2]),
-            (1, [16, 49], [5, 4], [3, 2], [4, 1]),
-            (3, [33, 16], [3, 3], [1, 1], [1, 1]),
-            (1, [16, 16], [1, 1], [1, 1], [1, 1]),
-            (1, [16, 18], [10, 9], [12, 12], [12, 12]),
-        ] {
-            let side = |i: usize| hw[i] + 2 * padding[i] - 2 * dilation[i];
-            let g = Geometry {
-                n,
-                c_in: c[0],
-                h: hw[0],
-                w: hw[1],
-                c_out: c[1],
-                kh: 3,
-                kw: 3,
-                oh: side(0),
-                ow: side(1),
-                stride: [1, 1],
-                padding,
-                dilation,
-                groups: 1,
-                precision: Precision::F32,
-            };
-            let values = |n: usize, seed: u64| random_f64(seed, "v", &[n]).to_vec1::<f64>().expect("f64");
-            let (x, w) = (values(n * c[0] * hw[0] * hw[1], 0), values(c[0] * c[1] * 9, 1));
-            let (dy, bias) = (values(n * c[1] * g.pixels(), 2), values(c[1], 3));
-            let near = |what: &str, found: &[f64], expected: &[f64]| {
-                assert_eq!(found.len(), expected.len());
-                for (i, (f, e)) in found.iter().zip(expected).enumerate() {
-                    assert!((f - e).abs() < 1e-12 * (1.0 + e.abs()), "{what} {i} of {g:?}: {f} {e}");
-                }
-            };
-            for relu in [false, true] {
-                let epilogue = Epilogue { bias: Some(&bias), residual: relu.then_some(&dy[..]), relu };
-                let expected = dense::direct_forward(&g, &x, &w, epilogue);
-                near("forward", &forward(&g, &x, &w, None, epilogue), &expected);
-            }
-            if let Some(turned) = g.input_grad() {
-                let expected = dense::direct_input_grad(&g, &dy, &w);
-                near("input", &forward(&turned, &dy, &w, Some(&g), Epilogue::none()), &expected);
-            }
-            near("weight", &weight_grad(&g, &dy, &x), &dense::direct_weight_grad(&g, &dy, &x));
-        }
-    }
-
-    #[test]
-    fn in_f32_its_error_is_near_the_direct_one() {
-        let g = Geometry {
-            n: 1,
-            c_in: 64,
-            h: 20,
-            w: 24,
-            c_out: 32,
-            kh: 3,
-            kw: 3,
-            oh: 20,
-            ow: 24,
-            stride: [1, 1],
-            padding: [1, 1],
-            dilation: [1, 1],
-            groups: 1,
-            precision: Precision::F32,
-        };
-        let values = |n: usize, seed: u64| random_f64(seed, "v", &[n]).to_vec1::<f64>().expect("f64");
-        let single = |v: &[f64]| -> Vec<f32> { v.iter().map(|&v| v as f32).collect() };
-        let wide = |v: &[f32]| -> Vec<f64> { v.iter().map(|&v| f64::from(v)).collect() };
-        let (x, w) = (single(&values(64 * 480, 0)), single(&values(64 * 32 * 9, 1)));
-        let expected = dense::direct_forward(&g, &wide(&x), &wide(&w), Epilogue::none());
-        let rms = |found: &[f32]| {
-            let square = |v: f64| v * v;
-            let apart: f64 = found.iter().zip(&expected).map(|(&f, &e)| square(f64::from(f) - e)).sum();
-            (apart / expected.iter().map(|&e| square(e)).sum::<f64>()).sqrt()
-        };
-        let direct = rms(&dense::direct_forward(&g, &x, &w, Epilogue::none()));
-        let tiled = rms(&forward(&g, &x, &w, None, Epilogue::none()));
-        assert!(tiled < 4.0 * direct && tiled < 1e-6, "{tiled:.2e}, direct {direct:.2e}");
     }
 }
