@@ -223,7 +223,7 @@ fn resnet34_in_full_far_from_kinks() {
         encoder: "resnet34",
         width: 1.0,
         output_stride: 16,
-        shape: [4, 3, 33, 49],
+        shape: [8, 3, 33, 49],
         images: "images/2",
         calm: Some(0.3),
         f32_gradients: 1e-3,
