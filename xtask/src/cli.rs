@@ -301,7 +301,7 @@ pub(crate) struct Bench {
     /// Read earlier figures instead of measuring; several files are joined, the later ones win
     #[arg(long, value_name = "FILE")]
     pub(crate) from: Vec<PathBuf>,
-    /// Write the record DIR/<processor>/<date>.md
+    /// Write the record DIR/PROCESSOR/DATE.md
     #[arg(long, value_name = "DIR")]
     pub(crate) record: Option<PathBuf>,
     /// Date of the record; default: today, UTC
