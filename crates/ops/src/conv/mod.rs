@@ -1,7 +1,8 @@
 //! Two-dimensional convolution with exact gradients for every size.
 //!
-//! `dense` multiplies packed strips of pixels, `depthwise` works on planes; both are tasks on rayon whose number and
-//! order depend on the shapes alone, so the bits do not depend on the threads. What does not live here: transposed and
+//! `dense` multiplies packed strips of pixels, `winograd` tiles of them where that takes fewer products (f32, 3x3, stride
+//! 1), `depthwise` works on planes; all are tasks on rayon whose number and order depend on the shapes alone, so the bits
+//! do not depend on the threads. `on_cuda` hands tensors on a GPU to cuDNN. What does not live here: transposed and
 //! one-dimensional convolution, and any weight.
 
 mod dense;
@@ -76,9 +77,11 @@ impl Conv2dConfig {
 /// none: the gradient of the image batch or of a frozen weight is not computed.
 /// # Errors
 /// `Shape` when channels, groups, kernel or bias do not fit the input; `Config` for a stride, dilation or group count
-/// of 0, a type other than f32 and f64, or a device without convolutions (CUDA without feature `cudnn`).
+/// of 0, a type other than f32 and f64, a device without convolutions (CUDA without feature `cudnn`), bf16 products of
+/// f64 tensors or on a processor without instructions for them.
 /// # Source
-/// Dumoulin and Visin 2016 (sizes); the strips are the implicit GEMM of Chetlur et al. 2014 (cuDNN).
+/// Dumoulin and Visin 2016 (sizes); the strips are the implicit GEMM of Chetlur et al. 2014 (cuDNN); the tiles are
+/// Winograd's F(2x2, 3x3) as in Lavin and Gray 2016.
 pub fn conv2d(x_nchw: &Tensor, weight: &Tensor, bias: Option<&Tensor>, cfg: Conv2dConfig) -> Result<Tensor> {
     let geometry = Geometry::new(x_nchw, weight, bias, cfg)?;
     let op = Convolution { geometry };
