@@ -9,9 +9,10 @@ use divan::Bencher;
 use segdistill_benches::case::{Case, Group, Precision};
 use segdistill_benches::catalogue::cases;
 use segdistill_benches::workload::prepare;
+use segdistill_ops::alloc::Recycling;
 
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: Recycling<mimalloc::MiMalloc> = Recycling::new(mimalloc::MiMalloc);
 
 fn main() {
     // Backward walks the graph recursively: deep networks need more than the main thread's stack.

@@ -6,7 +6,7 @@
 
 use candle_core::{DType, Device, Tensor, Var};
 use segdistill_losses::{Csc, CscForm, csc};
-use segdistill_ops::testing::relative_error;
+use segdistill_ops::{graph, testing::relative_error};
 
 use super::{Answer, Workload, sizes};
 use crate::case::Form;
@@ -85,7 +85,7 @@ impl Workload for Loss {
     }
 
     fn run(&mut self) -> Result<()> {
-        csc(&self.student, &self.teacher, &self.valid_nhw, &self.cfg)?.backward()?;
+        graph::backward(csc(&self.student, &self.teacher, &self.valid_nhw, &self.cfg)?)?;
         Ok(())
     }
 }

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Device, Tensor};
 use segdistill_data::{Batch, classes::VOID};
 use segdistill_models::{Frozen, ModelSpec, Segmenter, build};
-use segdistill_ops::{Mode, ParamKind, ParamStore};
+use segdistill_ops::{Mode, ParamKind, ParamStore, graph};
 use segdistill_train::{Objective, OptimConfig, ScheduleConfig, Sgd, StepInputs, TermConfig, TermKind, global_norm};
 
 use super::{Answer, Workload, products, sizes};
@@ -93,10 +93,12 @@ impl TrainStep {
         let mode = Mode::Train { seed: 0, step: self.step };
         let inputs = StepInputs::forward(self.model.as_ref(), None, &self.batch, mode)?;
         let terms = self.objective.terms(&inputs, 0)?;
-        let loss = terms.iter().find_map(|t| t.loss.clone());
+        // Nothing of the forward pass is held while the gradients are formed, as in training.
+        drop(inputs);
+        let loss = terms.into_iter().find_map(|t| t.loss);
         let loss = loss.ok_or_else(|| BenchError::wrong(&self.name, "no loss"))?;
         let value = f64::from(loss.to_scalar::<f32>()?);
-        let store = loss.backward()?;
+        let store = graph::backward(loss)?;
         let none = |name: &str| BenchError::wrong(&self.name, format!("no gradient of {name}"));
         let of = |p: &segdistill_ops::NamedParam| store.get(&p.tensor).cloned().ok_or_else(|| none(&p.name));
         let grads = self.sgd.params().iter().map(of).collect::<Result<Vec<Tensor>>>()?;

@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Tensor, Var};
 use segdistill_data::classes::VOID;
 use segdistill_losses::{CrossEntropy, cross_entropy, valid_mask};
-use segdistill_ops::{BatchNormConfig, Mode, Pool2dConfig, batch_norm_act, max_pool2d, relu, resize_bilinear};
+use segdistill_ops::{BatchNormConfig, Mode, Pool2dConfig, batch_norm_act, graph, max_pool2d, relu, resize_bilinear};
 
 use super::{Answer, Workload, sizes};
 use crate::case::Work;
@@ -12,11 +12,21 @@ use crate::fill::{filled, labels};
 
 const POOL: Pool2dConfig = Pool2dConfig { kernel: [3, 3], stride: [2, 2], padding: [1, 1], ceil_mode: false };
 
+/// Gradient of a result: the formula's, and 1 for a loss.
+fn seed(y: &Tensor) -> Result<Tensor> {
+    if y.rank() == 0 {
+        return Ok(y.detach().ones_like()?);
+    }
+    Ok(filled("dy", y.dims(), 1.0)?.to_dtype(y.dtype())?)
+}
+
 /// An operation and the tensors whose gradient it forms.
 pub(super) struct Operation {
     name: String,
     leaves: Vec<(String, Tensor)>,
     function: Function,
+    /// Gradient of the result, made once.
+    dy: Option<Tensor>,
 }
 
 enum Function {
@@ -83,16 +93,13 @@ impl Operation {
         for (key, shape) in extra {
             leaves.push(leaf(key, filled(key, &shape, 1.0)?)?);
         }
-        Ok(Self { name, leaves, function })
+        Ok(Self { name, leaves, function, dy: None })
     }
 
     /// Output and gradients, of `leaves` in any type.
     fn evaluate(&self, leaves: &[(String, Tensor)]) -> Result<Vec<(String, Tensor)>> {
         let y = self.function.apply(leaves)?;
-        let dy = filled("dy", y.dims(), 1.0)?.to_dtype(y.dtype())?;
-        // A loss is its own scalar: its gradient starts from 1.
-        let loss = if y.rank() == 0 { y.clone() } else { (&y * &dy)?.sum_all()? };
-        let grads = loss.backward()?;
+        let grads = graph::backward_from(vec![(y.clone(), seed(&y)?)])?;
         let mut found = vec![("y".to_string(), y)];
         for (key, leaf) in leaves {
             let grad = grads.get(leaf).ok_or_else(|| BenchError::wrong(&self.name, format!("no gradient of {key}")))?;
@@ -138,7 +145,12 @@ impl Workload for Operation {
     }
 
     fn run(&mut self) -> Result<()> {
-        self.function.apply(&self.leaves)?.backward()?;
+        let y = self.function.apply(&self.leaves)?;
+        let dy = match &self.dy {
+            Some(dy) => dy.clone(),
+            None => self.dy.insert(seed(&y)?).clone(),
+        };
+        graph::backward_from(vec![(y, dy)])?;
         Ok(())
     }
 }

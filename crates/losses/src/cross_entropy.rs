@@ -3,7 +3,7 @@
 use std::sync::OnceLock;
 
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Shape, Tensor};
-use segdistill_ops::{pixel_runs, vectorised};
+use segdistill_ops::{graph, pixel_runs, vectorised};
 
 use crate::error::{LossError, Result};
 use crate::host::{Real, slice, with_slice};
@@ -87,8 +87,8 @@ pub fn cross_entropy(
     let batch = Batch { n, c, m: h * w, targets, class_weights, total_weight };
     let logits = logits_nchw.to_device(&Device::Cpu)?.contiguous()?;
     let loss = match logits.dtype() {
-        DType::F64 => logits.apply_op1(Fused::<f64> { batch, statistics: OnceLock::new() })?,
-        _ => logits.apply_op1(Fused::<f32> { batch, statistics: OnceLock::new() })?,
+        DType::F64 => graph::apply1(&logits, Fused::<f64> { batch, statistics: OnceLock::new() })?,
+        _ => graph::apply1(&logits, Fused::<f32> { batch, statistics: OnceLock::new() })?,
     };
     Ok(loss.to_device(logits_nchw.device())?)
 }

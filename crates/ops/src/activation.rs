@@ -9,6 +9,7 @@ use crate::cpu::{Element, check_float, for_float, par_chunks, slice_of, vectoris
 #[cfg(feature = "cuda")]
 use crate::cuda;
 use crate::error::Result;
+use crate::graph;
 use crate::planes::CHUNK;
 
 /// `max(x, 0)`, element by element; NaN stays NaN.
@@ -50,7 +51,7 @@ pub fn relu6(x: &Tensor) -> Result<Tensor> {
 
 fn rectify(x: &Tensor, op: Rectifier) -> Result<Tensor> {
     check_float(op.name, &[x])?;
-    Ok(x.contiguous()?.apply_op1(op)?)
+    Ok(graph::apply1(&x.contiguous()?, op)?)
 }
 
 struct Rectifier {

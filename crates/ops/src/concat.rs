@@ -5,6 +5,7 @@ use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Layout, Shape, Tensor
 
 use crate::cpu::{Element, for_float, par_chunks, slice_of, with_slice};
 use crate::error::{OpsError, Result};
+use crate::graph;
 
 const NAME: &str = "concat_channels";
 
@@ -72,8 +73,8 @@ pub fn concat_channels(maps_nchw: &[&Tensor]) -> Result<Tensor> {
 fn join(maps: &[Tensor]) -> candle_core::Result<Tensor> {
     let op = Concat { n: maps[0].dims()[0] };
     match maps {
-        [a, b] => a.apply_op2(b, op),
-        [a, b, c] => a.apply_op3(b, c, op),
+        [a, b] => graph::apply2(a, b, op),
+        [a, b, c] => graph::apply3(a, b, c, op),
         _ => Ok(maps[0].clone()),
     }
 }

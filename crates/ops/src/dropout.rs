@@ -10,6 +10,7 @@ use crate::cpu::{Element, check_float, for_float, par_chunks, slice_of, vectoris
 #[cfg(feature = "cuda")]
 use crate::cuda;
 use crate::error::{OpsError, Result};
+use crate::graph;
 use crate::mode::Mode;
 use crate::planes::CHUNK;
 use crate::rng::Stream;
@@ -47,7 +48,7 @@ pub fn dropout(x: &Tensor, p: f64, mode: Mode, name: &str) -> Result<Tensor> {
     check_float(NAME, &[x])?;
     let stream = Stream::new(seed, &format!("dropout/{name}"), &[step]);
     let op = Dropout { keep: keep_bits(&stream, x.elem_count(), p), scale: 1.0 / (1.0 - p) };
-    Ok(x.contiguous()?.apply_op1(op)?)
+    Ok(graph::apply1(&x.contiguous()?, op)?)
 }
 
 /// Bit `i` is 1 where element `i` stays.

@@ -25,6 +25,7 @@
 //! What does not live here: networks, losses, anything that knows a class, a file format of a data set or a step.
 
 mod activation;
+pub mod alloc;
 mod combine;
 mod concat;
 mod conv;
@@ -35,6 +36,7 @@ pub mod device;
 mod dropout;
 mod error;
 mod gemm;
+pub mod graph;
 mod kernels;
 mod math;
 mod mode;

@@ -11,6 +11,7 @@ use candle_core::{CpuStorage, CustomOp3, DType, Layout, Shape, Tensor, WithDType
 
 use crate::cpu::{check_float, for_float, slice_of, with_slice};
 use crate::error::{OpsError, Result};
+use crate::graph;
 use crate::gemm::Element;
 use crate::mode::Mode;
 use crate::planes::dims_nchw;
@@ -173,11 +174,10 @@ pub fn batch_norm_act(
     }
     let x_nchw = x_nchw.contiguous()?;
     let out = match residual_nchw {
-        None => x_nchw.apply_op3(&gamma_c.contiguous()?, &beta_c.contiguous()?, op)?,
+        None => graph::apply3(&x_nchw, &gamma_c.contiguous()?, &beta_c.contiguous()?, op)?,
         Some(residual) => {
             // An operation has three arguments at most: scale and shift go as one.
-            let affine_2c = Tensor::stack(&[gamma_c, beta_c], 0)?;
-            x_nchw.apply_op3(&affine_2c, &residual.contiguous()?, WithResidual(op))?
+            graph::apply3_stacked(&x_nchw, [gamma_c, beta_c], &residual.contiguous()?, WithResidual(op))?
         }
     };
     if mode.is_train() {

@@ -9,6 +9,7 @@ use crate::cpu::{Element, check_float, for_float, par_chunks, slice_of, vectoris
 #[cfg(feature = "cuda")]
 use crate::cuda;
 use crate::error::{OpsError, Result};
+use crate::graph;
 use crate::planes::dims_nchw;
 
 /// Geometry of a pooling window; per axis `[height, width]`.
@@ -80,7 +81,7 @@ pub fn max_pool2d(x_nchw: &Tensor, cfg: Pool2dConfig) -> Result<Tensor> {
     check_float(op, &[x_nchw])?;
     let [n, c, h, w] = dims_nchw(op, x_nchw)?;
     let out_hw = cfg.checked_output_hw(op, [h, w])?;
-    Ok(x_nchw.contiguous()?.apply_op1(MaxPool { dims: [n, c, h, w], out_hw, cfg })?)
+    Ok(graph::apply1(&x_nchw.contiguous()?, MaxPool { dims: [n, c, h, w], out_hw, cfg })?)
 }
 
 /// Mean of every window; padding counts as zeros, but what `ceil_mode` adds beyond it does not count.
@@ -107,7 +108,7 @@ pub fn avg_pool2d(x_nchw: &Tensor, cfg: Pool2dConfig) -> Result<Tensor> {
         };
         (0..out_hw[axis]).map(bin).collect()
     };
-    Ok(x_nchw.contiguous()?.apply_op1(MeanPool { name: op, dims, rows: bins(0), cols: bins(1) })?)
+    Ok(graph::apply1(&x_nchw.contiguous()?, MeanPool { name: op, dims, rows: bins(0), cols: bins(1) })?)
 }
 
 /// Means over a grid of `out_hw` bins that cover the map.
@@ -140,7 +141,7 @@ pub fn adaptive_avg_pool2d(x_nchw: &Tensor, out_hw: [usize; 2]) -> Result<Tensor
         };
         (0..out).map(bin).collect()
     };
-    Ok(x_nchw.contiguous()?.apply_op1(MeanPool { name: op, dims, rows: bins(0), cols: bins(1) })?)
+    Ok(graph::apply1(&x_nchw.contiguous()?, MeanPool { name: op, dims, rows: bins(0), cols: bins(1) })?)
 }
 
 /// Max pooling of `[n, c, h, w]` maps.

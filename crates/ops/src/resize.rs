@@ -9,6 +9,7 @@ use crate::cpu::{Element, check_float, for_float, par_chunks, slice_of, vectoris
 #[cfg(feature = "cuda")]
 use crate::cuda;
 use crate::error::{OpsError, Result};
+use crate::graph;
 use crate::planes::dims_nchw;
 
 /// Resizes maps by linear interpolation along both axes.
@@ -70,7 +71,7 @@ fn resize<A, Op: CustomOp1 + Send + Sync + 'static>(
         return Ok(x_nchw.clone());
     }
     let op = op(dims, axis(dims[2], out_hw[0]), axis(dims[3], out_hw[1]));
-    Ok(x_nchw.contiguous()?.apply_op1(op)?)
+    Ok(graph::apply1(&x_nchw.contiguous()?, op)?)
 }
 
 /// Two neighbours of an output pixel and their weights.

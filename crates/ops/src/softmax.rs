@@ -9,6 +9,7 @@ use crate::cpu::{Element, check_float, for_float, slice_of, vectorised, with_sli
 #[cfg(feature = "cuda")]
 use crate::cuda;
 use crate::error::Result;
+use crate::graph;
 use crate::math::Transcendental;
 use crate::planes::{dims_nchw, pixel_runs};
 
@@ -30,7 +31,7 @@ const PIXELS: usize = 512;
 pub fn log_softmax(x_nchw: &Tensor) -> Result<Tensor> {
     check_float(NAME, &[x_nchw])?;
     let [n, c, h, w] = dims_nchw(NAME, x_nchw)?;
-    Ok(x_nchw.contiguous()?.apply_op1(LogSoftmax { n, c, hw: h * w })?)
+    Ok(graph::apply1(&x_nchw.contiguous()?, LogSoftmax { n, c, hw: h * w })?)
 }
 
 struct LogSoftmax {

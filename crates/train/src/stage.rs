@@ -11,7 +11,7 @@ use candle_core::{DType, Device, Tensor, backprop::GradStore};
 use segdistill_data::{Batch, Dataset, Loader, LoaderConfig, stats::Stats, transform::TrainTransform};
 use segdistill_eval::Scores;
 use segdistill_models::{Frozen, build};
-use segdistill_ops::{Mode, NamedParam, ParamStore};
+use segdistill_ops::{Mode, NamedParam, ParamStore, graph};
 
 use crate::checkpoint::{self, State, sha256_hex};
 use crate::config::{ClassWeighting, Stage};
@@ -170,13 +170,16 @@ pub fn run_stage(
         let batch = batches.next().ok_or_else(|| TrainError::config("loader ended", "report this as a defect"))??;
         // Labels stay on the host, where masks and targets are made of them.
         let batch = Batch { images_nchw: batch.images_nchw.to_device(data.device)?, ..batch };
-        let inputs = StepInputs::forward(student.as_ref(), teacher, &batch, Mode::Train { seed: stage.seed, step: t })?;
-        let terms = objective.terms(&inputs, t)?;
-        let (loss, values) = finite_losses(&terms, t, &batch)?;
-        let grads = gradients(&loss.backward()?, sgd.params())?;
+        let forward = || -> Result<Vec<TermValue>> {
+            let mode = Mode::Train { seed: stage.seed, step: t };
+            objective.terms(&StepInputs::forward(student.as_ref(), teacher, &batch, mode)?, t)
+        };
+        // Only the losses are held from here on: the backward pass lets go of each map it is done with.
+        let (losses, values) = finite_losses(forward()?, t, &batch)?;
+        let grads = gradients(&graph::backward_from(losses)?, sgd.params())?;
         let norm = global_norm(&grads)?;
         if !norm.is_finite() {
-            return Err(blame_gradient(&grads, sgd.params(), &terms, t, &batch));
+            return Err(blame_gradient(&grads, sgd.params(), forward()?, t, &batch));
         }
         let clip = stage.optim.clip_norm;
         let scale = if clip > 0.0 && norm > clip { clip / norm } else { 1.0 };
@@ -290,31 +293,34 @@ fn validate(stage: &Stage, store: &ParamStore, data: &StageData<'_>) -> Result<S
     Ok(evaluate(&logits, data.val, stage.input.size, data.device, &mut |_| Ok(()))?.confusion.scores())
 }
 
-/// The weighted sum to differentiate, and every term's value, all finite.
-fn finite_losses(terms: &[TermValue], step: u64, batch: &Batch) -> Result<(Tensor, Vec<StepTerm>)> {
-    let mut total: Option<Tensor> = None;
+/// The losses to differentiate, each with its weight, and every term's value, all finite.
+fn finite_losses(terms: Vec<TermValue>, step: u64, batch: &Batch) -> Result<(Vec<(Tensor, Tensor)>, Vec<StepTerm>)> {
+    let mut losses = Vec::with_capacity(terms.len());
     let mut values = Vec::with_capacity(terms.len());
     for term in terms {
         let mut value = None;
-        if let Some(loss) = &term.loss {
+        if let Some(loss) = term.loss {
             let v = loss.to_dtype(DType::F64)?.to_scalar::<f64>()?;
             if !v.is_finite() {
                 let samples = batch.names.clone();
                 return Err(TrainError::NonFiniteLoss { term: term.name.into(), value: v, step, samples });
             }
-            let weighted = (loss * term.weight)?;
-            total = Some(match total {
-                None => weighted,
-                Some(sum) => (sum + weighted)?,
-            });
+            losses.push(weighted(loss, term.weight)?);
             value = Some(v);
         }
         values.push(StepTerm { name: term.name, weight: term.weight, value });
     }
-    let total = total.ok_or_else(|| {
-        TrainError::config(format!("every term has weight 0 at step {step}"), "keep one term's weight above 0")
-    })?;
-    Ok((total, values))
+    if losses.is_empty() {
+        let what = format!("every term has weight 0 at step {step}");
+        return Err(TrainError::config(what, "keep one term's weight above 0"));
+    }
+    Ok((losses, values))
+}
+
+/// A loss with the gradient of `weight * loss` with respect to it.
+fn weighted(loss: Tensor, weight: f64) -> Result<(Tensor, Tensor)> {
+    let seed = Tensor::full(weight, loss.shape(), loss.device())?.to_dtype(loss.dtype())?;
+    Ok((loss, seed))
 }
 
 /// Gradients in the optimizer's order; every trainable parameter must have one.
@@ -331,21 +337,20 @@ fn gradients(grads: &GradStore, params: &[NamedParam]) -> Result<Vec<Tensor>> {
 fn blame_gradient(
     grads: &[Tensor],
     params: &[NamedParam],
-    terms: &[TermValue],
+    terms: Vec<TermValue>,
     step: u64,
     batch: &Batch,
 ) -> TrainError {
     let bad = |g: &Tensor| !global_norm(std::slice::from_ref(g)).is_ok_and(f64::is_finite);
     let parameter = params.iter().zip(grads).find(|(_, g)| bad(g)).map_or("their sum", |(p, _)| p.name.as_str());
-    let alone = |term: &&TermValue| {
-        let Some(grads) = term.loss.as_ref().and_then(|l| (l * term.weight).ok()?.backward().ok()) else {
-            return false;
-        };
-        params.iter().any(|p| grads.get(&p.tensor).is_some_and(bad))
+    let names: Vec<String> = terms.iter().filter(|t| t.loss.is_some()).map(|t| t.name.to_string()).collect();
+    let alone = |term: TermValue| {
+        let grads = graph::backward_from(vec![weighted(term.loss?, term.weight).ok()?]).ok()?;
+        params.iter().any(|p| grads.get(&p.tensor).is_some_and(bad)).then(|| term.name.to_string())
     };
-    let mut blamed: Vec<String> = terms.iter().filter(alone).map(|t| t.name.to_string()).collect();
+    let mut blamed: Vec<String> = terms.into_iter().filter_map(alone).collect();
     if blamed.is_empty() {
-        blamed = terms.iter().filter(|t| t.loss.is_some()).map(|t| t.name.to_string()).collect();
+        blamed = names;
     }
     TrainError::NonFiniteGradient { parameter: parameter.into(), terms: blamed, step, samples: batch.names.clone() }
 }

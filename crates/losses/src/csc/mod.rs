@@ -4,6 +4,7 @@
 //! pairs. `docs/methods.md` derives one from the other.
 
 use candle_core::{DType, Device, Tensor};
+use segdistill_ops::graph;
 
 use crate::error::{LossError, Result};
 use crate::mask::{logits_dims, read_valid};
@@ -110,10 +111,10 @@ pub fn csc(
     let wide = student.dtype() == DType::F64;
     let loss = match resolve(cfg.form, c, h * w) {
         CscForm::Letter => letter::csc(&student, &task)?,
-        CscForm::Direct if wide => student.apply_op1(direct::Direct::<f64>::new(task))?,
-        CscForm::Direct => student.apply_op1(direct::Direct::<f32>::new(task))?,
-        _ if wide => student.apply_op1(linear::Linear::<f64>::new(task))?,
-        _ => student.apply_op1(linear::Linear::<f32>::new(task))?,
+        CscForm::Direct if wide => graph::apply1(&student, direct::Direct::<f64>::new(task))?,
+        CscForm::Direct => graph::apply1(&student, direct::Direct::<f32>::new(task))?,
+        _ if wide => graph::apply1(&student, linear::Linear::<f64>::new(task))?,
+        _ => graph::apply1(&student, linear::Linear::<f32>::new(task))?,
     };
     Ok(loss.to_device(student_logits_nchw.device())?)
 }

@@ -21,6 +21,7 @@ use rayon::prelude::*;
 
 use crate::cpu::{self, Element, check_float, for_float, slice_of, with_slice};
 use crate::error::{OpsError, Result};
+use crate::graph;
 use crate::kernels::Kernels;
 use crate::precision::Precision;
 use geometry::Geometry;
@@ -89,11 +90,11 @@ pub fn conv2d(x_nchw: &Tensor, weight: &Tensor, bias: Option<&Tensor>, cfg: Conv
     match bias {
         None => {
             check(&[&x, &weight], cfg.precision)?;
-            Ok(x.apply_op2(&weight, op)?)
+            Ok(graph::apply2(&x, &weight, op)?)
         }
         Some(bias) => {
             check(&[&x, &weight, bias], cfg.precision)?;
-            Ok(x.apply_op3(&weight, &bias.contiguous()?, op)?)
+            Ok(graph::apply3(&x, &weight, &bias.contiguous()?, op)?)
         }
     }
 }

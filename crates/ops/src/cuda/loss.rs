@@ -6,6 +6,7 @@ use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Layout, Shape, Tens
 use super::{Real, SUM_THREADS, launch, per_block, per_element, size, stored, tensor, uninit, view, with_view};
 use crate::cpu::for_float;
 use crate::error::{OpsError, Result};
+use crate::graph;
 use crate::planes::dims_nchw;
 
 const NAME: &str = "cross_entropy";
@@ -56,7 +57,7 @@ pub fn cross_entropy(
     let device = logits_nchw.device().as_cuda_device()?;
     let (targets, weights) = (device.clone_htod(targets)?, device.clone_htod(class_weights)?);
     let op = CrossEntropy { n, c, m: h * w, targets, weights, total_weight };
-    Ok(logits_nchw.contiguous()?.apply_op1(op)?)
+    Ok(graph::apply1(&logits_nchw.contiguous()?, op)?)
 }
 
 struct CrossEntropy {

@@ -7,6 +7,7 @@ use candle_core::{CpuStorage, CudaStorage, CustomOp3, InplaceOp1, Layout, Result
 
 use super::{Real, launch, per_block, per_element, size, stored, tensor, uninit, view, with_view};
 use crate::cpu::for_float;
+use crate::graph;
 
 const NAME: &str = "batch_norm";
 
@@ -28,7 +29,7 @@ pub(crate) fn batch_norm_act(
         moments.set(of_running).expect("the cell was made above");
     }
     let op = BatchNorm { sizes: [n, c, h * w], eps, batch: train, moments: moments.clone() };
-    let mut y = x_nchw.contiguous()?.apply_op3(&gamma_c.contiguous()?, &beta_c.contiguous()?, op)?;
+    let mut y = graph::apply3(&x_nchw.contiguous()?, &gamma_c.contiguous()?, &beta_c.contiguous()?, op)?;
     if train {
         let moments: &Moments = moments.get().expect("the forward pass above set the moments");
         let blend = |spread| Blend { momentum, eps, nm: n * h * w, spread, moments: moments.clone() };
