@@ -43,7 +43,10 @@ pub fn summary_row(summary: &Summary) -> String {
 
 fn cells(result: &CaseResult, run: &Run) -> [String; 9] {
     let best = result.best_peer(run.precision);
-    let peer = |layout: Layout| text(result.peers.get(&layout).map(|m| m.median_ms()), milliseconds);
+    let peer = |layout: Layout| match result.wrong_peers.contains_key(&layout) {
+        true => "wrong".to_string(),
+        false => text(result.peers.get(&layout).map(|m| m.median_ms()), milliseconds),
+    };
     let gflops = result.gflops();
     let share = gflops.zip(run.peak).map(|(rate, peak)| 100.0 * rate / peak.gflops);
     [
@@ -147,6 +150,15 @@ pub fn markdown(run: &Run) -> String {
         }
     }
 
+    if run.cases.iter().any(|result| !result.wrong_peers.is_empty()) {
+        out += "\n## Wrong answers of the peer\n\nLayouts that were not timed, since what they give is wrong.\n\n";
+        for result in &run.cases {
+            for (layout, what) in &result.wrong_peers {
+                let _ = writeln!(out, "- {} ({}): {what}", result.case.name, layout.name());
+            }
+        }
+    }
+
     out += "\n## Raw rounds\n\nMilliseconds of every round, each the median of the runs in it.\n\n```text\n";
     for result in &run.cases {
         let list = |ms: &[f64]| ms.iter().map(|v| milliseconds(*v)).collect::<Vec<_>>().join(" ");
@@ -209,6 +221,12 @@ mod tests {
         let mut left_out = run.cases[4].clone();
         left_out.left_out = Some("needs memory".into());
         assert!(row(&left_out, &run).ends_with("left out: needs memory"));
+        let mut wrong = run.cases[0].clone();
+        wrong.peers.remove(&Layout::Bf16);
+        wrong.wrong_peers.insert(Layout::Bf16, "`grad-weight` is 1 here and 1e33 in the peer".into());
+        assert!(row(&wrong, &run).contains(" wrong "), "{}", row(&wrong, &run));
+        let record = markdown(&Run { cases: vec![wrong], ..run.clone() });
+        assert!(record.contains("(bf16): `grad-weight` is 1 here and 1e33 in the peer"), "{record}");
     }
 
     #[test]

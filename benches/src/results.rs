@@ -44,6 +44,9 @@ pub struct CaseResult {
     pub peers: BTreeMap<Layout, Measured>,
     /// Why something was left out.
     pub left_out: Option<String>,
+    /// Layouts of the peer that gave a wrong answer in coarser arithmetic, with what it was: they are not timed.
+    #[serde(default)]
+    pub wrong_peers: BTreeMap<Layout, String>,
 }
 
 impl CaseResult {
@@ -229,6 +232,7 @@ pub(crate) mod tests {
             ours: Some(measured(&[ours * 1.5, ours, ours * 0.9], 100)),
             peers: peers.iter().map(|&(layout, ms)| (layout, measured(&[ms, ms, ms], 200))).collect(),
             left_out: None,
+            wrong_peers: BTreeMap::new(),
         };
         use Layout::{Bf16, Nchw, Nhwc};
         Run {
