@@ -11,6 +11,7 @@ use super::geometry::Geometry;
 use super::pack::{PackedWeight, add_patches, pack_patches, pack_transposed, tap_is_used};
 use super::{Epilogue, Precision, winograd};
 use crate::cpu::{Scratch, Shared, init, vectorised, with_scratch};
+use crate::gemm::{MatMut, MatRef, gemm};
 use crate::kernels::{Kernel, Kernels, Start, Tile};
 
 /// Bytes of a strip's packed patches, with room beside them in a second-level cache of 1 MiB.
@@ -81,10 +82,39 @@ fn is_winograd<T: Kernels>(g: &Geometry) -> bool {
     T::DTYPE == DType::F32 && g.precision == Precision::F32 && winograd::is_shorter(g)
 }
 
+/// Whether images are single pixels under a single tap: the batch is a matrix then, and strips of pixels are too short.
+fn is_matrix(g: &Geometry) -> bool {
+    let single = [g.h, g.w, g.oh, g.ow, g.kh, g.kw, g.groups] == [1; 7];
+    single && g.padding == [0, 0] && g.precision == Precision::F32
+}
+
+/// `a b`, of `rows` by `columns`.
+fn multiplied<T: Kernels>([rows, columns]: [usize; 2], a: MatRef<'_, T>, b: MatRef<'_, T>) -> Vec<T> {
+    let mut out = vec![T::ZERO; rows * columns];
+    gemm(MatMut::row_major(&mut out, rows, columns), a, b, T::ZERO, T::ONE);
+    out
+}
+
+fn matrix_forward<T: Kernels>(g: &Geometry, x: &[T], weight: &[T], epilogue: Epilogue<'_, T>) -> Vec<T> {
+    let (x, weight) = (MatRef::row_major(x, g.n, g.c_in), MatRef::row_major(weight, g.c_out, g.c_in));
+    let mut out = multiplied([g.n, g.c_out], x, weight.transposed());
+    for (image, row) in out.chunks_exact_mut(g.c_out).enumerate() {
+        for (o, v) in row.iter_mut().enumerate() {
+            *v += epilogue.bias.map_or(T::ZERO, |bias| bias[o]);
+            *v += epilogue.residual.map_or(T::ZERO, |residual| residual[image * g.c_out + o]);
+            *v = if epilogue.relu && *v < T::ZERO { T::ZERO } else { *v };
+        }
+    }
+    out
+}
+
 /// `[n, c_out, oh, ow]`.
 pub(super) fn forward<T: Kernels>(g: &Geometry, x: &[T], weight: &[T], epilogue: Epilogue<'_, T>) -> Vec<T> {
     if is_winograd::<T>(g) {
         return winograd::forward(g, x, weight, None, epilogue);
+    }
+    if is_matrix(g) {
+        return matrix_forward(g, x, weight, epilogue);
     }
     direct_forward(g, x, weight, epilogue)
 }
@@ -187,6 +217,10 @@ fn products<T: Kernels, P: Scratch>(
 pub(super) fn input_grad<T: Kernels>(g: &Geometry, dy: &[T], weight: &[T]) -> Vec<T> {
     match g.input_grad() {
         Some(turned) if is_winograd::<T>(&turned) => winograd::forward(&turned, dy, weight, Some(g), Epilogue::none()),
+        _ if is_matrix(g) => {
+            let (dy, weight) = (MatRef::row_major(dy, g.n, g.c_out), MatRef::row_major(weight, g.c_out, g.c_in));
+            multiplied([g.n, g.c_in], dy, weight)
+        }
         _ => direct_input_grad(g, dy, weight),
     }
 }
@@ -279,7 +313,14 @@ fn input_grad_by_adding<T: Kernels, P: Scratch>(g: &Geometry, kernel: &Kernel<T,
 /// A task owns some input channels of a group, and a share of the strips where there are few channels; it adds up
 /// `patches * dy^T`, whose rows are patch rows, and the shares are summed in order.
 pub(super) fn weight_grad<T: Kernels>(g: &Geometry, dy: &[T], x: &[T]) -> Vec<T> {
-    if is_winograd::<T>(g) { winograd::weight_grad(g, dy, x) } else { direct_weight_grad(g, dy, x) }
+    if is_winograd::<T>(g) {
+        return winograd::weight_grad(g, dy, x);
+    }
+    if is_matrix(g) {
+        let (dy, x) = (MatRef::row_major(dy, g.n, g.c_out), MatRef::row_major(x, g.n, g.c_in));
+        return multiplied([g.c_out, g.c_in], dy.transposed(), x);
+    }
+    direct_weight_grad(g, dy, x)
 }
 
 pub(super) fn direct_weight_grad<T: Kernels>(g: &Geometry, dy: &[T], x: &[T]) -> Vec<T> {

@@ -1,7 +1,7 @@
 //! Convolution of each channel by itself, directly on planes.
 //!
-//! A plane is first laid out so that every tap reads a whole output row from consecutive elements: padded with its
-//! zeros, and its columns sorted by their remainder modulo the stride. Then neither border nor stride shows in the
+//! A plane is first laid out so that every tap reads the whole output from consecutive elements: padded with its zeros,
+//! and its rows and columns sorted by their remainders modulo the strides. Then neither border nor stride shows in the
 //! loops.
 
 use rayon::prelude::*;
@@ -15,7 +15,10 @@ use crate::kernels::Kernels;
 /// Stretches of sums are whole multiples of this: one vector of f32 in AVX-512, two of f64.
 const LANES: usize = 16;
 
-/// Layout of a prepared plane: `rows` rows of `stride` runs of `run` columns.
+/// Largest kernel whose input gradient is put together of parts; beyond, products are added one tap after the other.
+const MAX_PART_TAPS: usize = 49;
+
+/// Layout of a prepared plane: for each remainder of the rows, then of the columns, `rows` rows of `run` columns.
 struct Prepared {
     rows: usize,
     run: usize,
@@ -23,13 +26,15 @@ struct Prepared {
 
 impl Prepared {
     fn new(g: &Geometry) -> Self {
-        let rows = (g.oh - 1) * g.stride[0] + (g.kh - 1) * g.dilation[0] + 1;
-        Self { rows, run: g.ow + (g.kw - 1) * g.dilation[1] / g.stride[1] }
+        Self {
+            rows: g.oh + (g.kh - 1) * g.dilation[0] / g.stride[0],
+            run: g.ow + (g.kw - 1) * g.dilation[1] / g.stride[1],
+        }
     }
 
     /// Elements, with zeros after the plane for vectors that reach past it.
     fn len(&self, g: &Geometry) -> usize {
-        self.rows * g.stride[1] * self.run + LANES
+        g.stride[0] * g.stride[1] * self.rows * self.run + LANES
     }
 
     /// Where each tap reads for the first output pixel.
@@ -37,39 +42,38 @@ impl Prepared {
         (0..g.taps()).map(|tap| self.at(g, 0, tap / g.kw, tap % g.kw)).collect()
     }
 
-    /// Stretches of output pixels that read consecutive elements: `(number, elements from one's start to the next's,
-    /// elements of one)`. With stride 1 all rows make up one, pixels beside the map between them.
-    fn stretches(&self, g: &Geometry) -> (usize, usize, usize) {
-        match g.stride {
-            [1, 1] => (1, 0, (g.oh - 1) * self.run + g.ow),
-            [down, across] => (g.oh, down * across * self.run, g.ow),
-        }
-    }
-
-    /// Elements from an output row of a stretch to the next, where a stretch holds them all.
-    fn pitch(&self, g: &Geometry) -> usize {
-        if g.stride == [1, 1] { self.run } else { g.ow.next_multiple_of(LANES) }
+    /// Elements from the first output pixel's to the last one's, in whole vectors; output rows lie `run` apart, with
+    /// pixels beside the map between them.
+    fn sums(&self, g: &Geometry) -> usize {
+        ((g.oh - 1) * self.run + g.ow).next_multiple_of(LANES)
     }
 
     /// First element that tap `(ki, kj)` reads for output row `oy`.
     #[inline(always)]
     fn at(&self, g: &Geometry, oy: usize, ki: usize, kj: usize) -> usize {
-        let (row, column) = (oy * g.stride[0] + ki * g.dilation[0], kj * g.dilation[1]);
-        (row * g.stride[1] + column % g.stride[1]) * self.run + column / g.stride[1]
+        let ([down, across], row, column) = (g.stride, ki * g.dilation[0], kj * g.dilation[1]);
+        let part = row % down * across + column % across;
+        (part * self.rows + oy + row / down) * self.run + column / across
     }
 
     /// For every run that holds pixels of the map: `(start in the prepared plane, start in the map, columns)`.
     #[inline(always)]
     fn runs(&self, g: &Geometry, mut f: impl FnMut(usize, usize, usize)) {
-        let (stride, pad) = (g.stride[1], g.padding[1]);
-        for row in g.padding[0]..self.rows.min(g.padding[0] + g.h) {
-            for phase in 0..stride {
-                // Padded columns `phase + q stride` that lie in the map: q in lo..hi.
-                let lo = pad.saturating_sub(phase).div_ceil(stride).min(self.run);
-                let hi = (pad + g.w).saturating_sub(phase).div_ceil(stride).min(self.run);
-                if lo < hi {
-                    let start = (row * stride + phase) * self.run + lo;
-                    f(start, (row - g.padding[0]) * g.w + phase + lo * stride - pad, hi - lo);
+        let ([down, across], [above, pad]) = (g.stride, g.padding);
+        for below in 0..down {
+            for q in above.saturating_sub(below).div_ceil(down)..self.rows {
+                let row = q * down + below;
+                if row >= above + g.h {
+                    break;
+                }
+                for phase in 0..across {
+                    // Padded columns `phase + q stride` that lie in the map: q in lo..hi.
+                    let lo = pad.saturating_sub(phase).div_ceil(across).min(self.run);
+                    let hi = (pad + g.w).saturating_sub(phase).div_ceil(across).min(self.run);
+                    if lo < hi {
+                        let start = ((below * across + phase) * self.rows + q) * self.run + lo;
+                        f(start, (row - above) * g.w + phase + lo * across - pad, hi - lo);
+                    }
                 }
             }
         }
@@ -89,7 +93,7 @@ impl Prepared {
     }
 }
 
-/// One output plane: `out` from a prepared plane, by way of `sums`, rows `pitch` apart.
+/// One output plane from a prepared plane, by way of `sums`: `finish` gets each of its rows.
 #[inline(always)]
 fn convolve_plane<T: Kernels>(
     g: &Geometry,
@@ -100,20 +104,10 @@ fn convolve_plane<T: Kernels>(
     sums: &mut [T],
     mut finish: impl FnMut(usize, &[T]),
 ) {
-    let (stretches, step, len) = p.stretches(g);
-    let whole = len.next_multiple_of(LANES);
-    for stretch in 0..stretches {
-        (T::lines().convolve)(&padded[stretch * step..], taps, kernel, &mut sums[stretch * whole..][..whole]);
-    }
+    (T::lines().convolve)(padded, taps, kernel, &mut sums[..p.sums(g)]);
     for oy in 0..g.oh {
-        finish(oy, &sums[oy * p.pitch(g)..][..g.ow]);
+        finish(oy, &sums[oy * p.run..][..g.ow]);
     }
-}
-
-/// Elements of the sums of a plane: whole vectors for every stretch.
-fn sums_len(g: &Geometry, p: &Prepared) -> usize {
-    let (stretches, _, len) = p.stretches(g);
-    stretches * len.next_multiple_of(LANES)
 }
 
 /// `[n, c_out, oh, ow]`.
@@ -122,7 +116,7 @@ pub(super) fn forward<T: Kernels>(g: &Geometry, x: &[T], weight: &[T], epilogue:
     let (taps, padded_len) = (prepared.taps(g), prepared.len(g));
     par_chunks(g.n * g.c_out * m, og * m, |index, out| {
         let c = index % g.c_in;
-        with_scratch(padded_len + sums_len(g, &prepared), |scratch| {
+        with_scratch(padded_len + prepared.sums(g), |scratch| {
             let (padded, sums) = scratch.split_at_mut(padded_len);
             vectorised(
                 #[inline(always)]
@@ -174,6 +168,7 @@ pub(super) fn backward<T: Kernels>(
                 let kernels = &weight[c * og * taps..][..og * taps];
                 match &turned {
                     Some(turned) => input_plane(turned, dy, kernels, dx),
+                    None if og == 1 && taps <= MAX_PART_TAPS => input_plane_by_parts(g, dy, kernels, dx),
                     None => input_plane_by_adding(g, dy, kernels, dx),
                 }
             }
@@ -202,7 +197,7 @@ fn input_plane<T: Kernels>(turned: &Geometry, dy: &[T], kernel: &[T], dx: &mut [
     let prepared = Prepared::new(turned);
     let (taps, padded_len) = (prepared.taps(turned), prepared.len(turned));
     let kernel: Vec<T> = kernel.iter().rev().copied().collect();
-    with_scratch(padded_len + sums_len(turned, &prepared), |scratch| {
+    with_scratch(padded_len + prepared.sums(turned), |scratch| {
         let (padded, sums) = scratch.split_at_mut(padded_len);
         vectorised(
             #[inline(always)]
@@ -216,7 +211,89 @@ fn input_plane<T: Kernels>(turned: &Geometry, dy: &[T], kernel: &[T], dx: &mut [
     });
 }
 
-/// The input's gradient where strides or several outputs to a channel leave no convolution.
+/// The input's gradient where the stride leaves no convolution of the whole: its rows and columns of one remainder
+/// modulo the strides are one each, of the taps that meet them.
+///
+/// With `i + p = s q + r`: `dx[i] = sum_k w[k] dy[q + (r - d k) / s]` over the taps for which `s` divides `r - d k`.
+fn input_plane_by_parts<T: Kernels>(g: &Geometry, dy: &[T], kernel: &[T], dx: &mut [T]) {
+    let (hw, oo, ks) = ([g.h, g.w], [g.oh, g.ow], [g.kh, g.kw]);
+    // Of each axis: zeros before the gradient, and values of `q`.
+    let before = [0, 1].map(|a| (ks[a] - 1) * g.dilation[a] / g.stride[a]);
+    let count = [0, 1].map(|a| (hw[a] - 1 + g.padding[a]) / g.stride[a] + 1);
+    let [rows, run] = [0, 1].map(|a| before[a] + count[a].max(oo[a]));
+    let (padded_len, sums_len) = (rows * run + LANES, ((count[0] - 1) * run + count[1]).next_multiple_of(LANES));
+    let [down, across] = g.stride;
+    with_scratch(padded_len + across * sums_len, |scratch| {
+        let (padded, sums) = scratch.split_at_mut(padded_len);
+        vectorised(
+            #[inline(always)]
+            || {
+                padded.fill(T::ZERO);
+                for (oy, row) in dy.chunks_exact(g.ow).enumerate() {
+                    padded[(before[0] + oy) * run + before[1]..][..g.ow].copy_from_slice(row);
+                }
+                for below in 0..down {
+                    for phase in 0..across {
+                        let mut taps = [0; MAX_PART_TAPS];
+                        let mut weights = [T::ZERO; MAX_PART_TAPS];
+                        let sums = &mut sums[phase * sums_len..][..sums_len];
+                        let mut found = 0;
+                        sums.fill(T::ZERO);
+                        for (tap, &w) in kernel.iter().enumerate() {
+                            let [y, x] = [tap / g.kw * g.dilation[0], tap % g.kw * g.dilation[1]];
+                            if y % down != below || x % across != phase {
+                                continue;
+                            }
+                            // `d k - r` is a multiple of the stride, and at most what lies before the gradient.
+                            taps[found] = (before[0] - (y - below) / down) * run + before[1] - (x - phase) / across;
+                            weights[found] = w;
+                            found += 1;
+                        }
+                        if found > 0 {
+                            (T::lines().convolve)(padded, &taps[..found], &weights[..found], sums);
+                        }
+                    }
+                    for (q, i) in (0..count[0]).filter_map(|q| Some((q, (q * down + below).checked_sub(g.padding[0])?)))
+                    {
+                        if i < g.h {
+                            let row = &mut dx[i * g.w..][..g.w];
+                            scatter_columns(g, &sums[q * run..], sums_len, count[1], row);
+                        }
+                    }
+                }
+            },
+        );
+    });
+}
+
+/// Puts together a row of the input's gradient from its columns by remainder, `pitch` elements apart in `parts`.
+#[inline(always)]
+fn scatter_columns<T: Element>(g: &Geometry, parts: &[T], pitch: usize, count: usize, row: &mut [T]) {
+    let (across, pad) = (g.stride[1], g.padding[1]);
+    if (across, pad) == (2, 1) {
+        // The usual one, column by column: odd, even, odd, ...
+        let (odd, even) = (&parts[pitch..][..count], &parts[1..]);
+        let mut pairs = row.chunks_exact_mut(2);
+        for ((pair, &a), &b) in pairs.by_ref().zip(odd).zip(even) {
+            pair[0] = a;
+            pair[1] = b;
+        }
+        if let ([last], Some(&a)) = (pairs.into_remainder(), odd.get(g.w / 2)) {
+            *last = a;
+        }
+        return;
+    }
+    for phase in 0..across {
+        let first = pad.saturating_sub(phase).div_ceil(across);
+        let from = &parts[phase * pitch..][..count];
+        if first < count {
+            let to = row.get_mut(first * across + phase - pad..).unwrap_or_default();
+            to.iter_mut().step_by(across).zip(&from[first..]).for_each(|(t, &v)| *t = v);
+        }
+    }
+}
+
+/// The input's gradient where strides of large kernels, or several outputs to a channel, leave no convolution.
 fn input_plane_by_adding<T: Element>(g: &Geometry, dy: &[T], kernels: &[T], dx: &mut [T]) {
     let (prepared, m, taps) = (Prepared::new(g), g.pixels(), g.taps());
     with_scratch(prepared.len(g), |padded| {
@@ -250,9 +327,7 @@ fn input_plane_by_adding<T: Element>(g: &Geometry, dy: &[T], kernels: &[T], dx: 
 fn weight_sums<T: Kernels>(g: &Geometry, dy: &[T], plane: &[T], sums: &mut [f64]) {
     let (prepared, m) = (Prepared::new(g), g.pixels());
     let (taps, padded_len) = (prepared.taps(g), prepared.len(g));
-    let (stretches, step, len) = prepared.stretches(g);
-    let whole = len.next_multiple_of(LANES);
-    with_scratch(padded_len + sums_len(g, &prepared), |scratch| {
+    with_scratch(padded_len + prepared.sums(g), |scratch| {
         let (padded, grad) = scratch.split_at_mut(padded_len);
         vectorised(
             #[inline(always)]
@@ -261,16 +336,9 @@ fn weight_sums<T: Kernels>(g: &Geometry, dy: &[T], plane: &[T], sums: &mut [f64]
                 grad.fill(T::ZERO);
                 for (dy, sums) in dy.chunks_exact(m).zip(sums.chunks_exact_mut(taps.len())) {
                     for (oy, row) in dy.chunks_exact(g.ow).enumerate() {
-                        grad[oy * prepared.pitch(g)..][..g.ow].copy_from_slice(row);
+                        grad[oy * prepared.run..][..g.ow].copy_from_slice(row);
                     }
-                    for stretch in 0..stretches {
-                        (T::lines().correlate)(
-                            &padded[stretch * step..],
-                            &taps,
-                            &grad[stretch * whole..][..whole],
-                            sums,
-                        );
-                    }
+                    (T::lines().correlate)(padded, &taps, grad, sums);
                 }
             },
         );
