@@ -23,7 +23,10 @@ use super::geometry::Geometry;
 use crate::cpu::{Element, Shared, vectorised, with_scratch};
 use crate::kernels::{Columns, Kernel, Kernels, Run, Start, Tile};
 use tiles::Tiles;
-use transforms::{by_lanes, transform_gradients, transform_outputs, transform_patches};
+use transforms::{
+    LINES, by_lanes, transform_gradients, transform_kernel_gradients, transform_kernels, transform_outputs,
+    transform_patches,
+};
 
 /// Elements of a patch.
 const PATCH: usize = 16;
@@ -51,25 +54,32 @@ fn transform_weights<T: Kernels>(g: &Geometry, kernel: &Kernel<T>, weight: &[T],
     let (n_rows, n_channels) = if turned { (g.c_in, g.c_out) } else { (g.c_out, g.c_in) };
     let mr = kernel.mr;
     let tap_len = n_channels * mr;
-    let half = T::from_f64(0.5);
-    let line = |a: T, b: T, c: T| [a, (a + b + c) * half, (a - b + c) * half, c];
     crate::cpu::par_chunks(n_rows.div_ceil(mr) * PATCH * tap_len, PATCH * tap_len, |index, panel| {
-        for i in 0..mr.min(n_rows - index * mr) {
-            let row = index * mr + i;
-            for c in 0..n_channels {
-                let at = if turned { c * g.c_in + row } else { row * g.c_in + c };
-                let mut k: [T; 9] = weight[at * 9..][..9].try_into().expect("nine taps");
-                if turned {
-                    k.reverse();
-                }
-                let columns: [[T; 4]; 3] = std::array::from_fn(|j| line(k[j], k[3 + j], k[6 + j]));
-                for r in 0..4 {
-                    for (j, v) in line(columns[0][r], columns[1][r], columns[2][r]).into_iter().enumerate() {
-                        panel[(4 * r + j) * tap_len + c * mr + i] = v;
+        let rows = index * mr..n_rows.min((index + 1) * mr);
+        vectorised(
+            #[inline(always)]
+            || {
+                for c in 0..n_channels {
+                    for part in (rows.start..rows.end).step_by(LINES) {
+                        let n = (rows.end - part).min(LINES);
+                        let mut k = [[T::ZERO; LINES]; 9];
+                        for i in 0..n {
+                            let at = if turned { c * g.c_in + part + i } else { (part + i) * g.c_in + c };
+                            for (tap, &v) in weight[at * 9..][..9].iter().enumerate() {
+                                k[if turned { 8 - tap } else { tap }][i] = v;
+                            }
+                        }
+                        for (tap, lines) in transform_kernels(&k).iter().enumerate() {
+                            let to = &mut panel[tap * tap_len + c * mr + part - rows.start..][..n];
+                            match n {
+                                LINES => to.copy_from_slice(lines),
+                                _ => to.copy_from_slice(&lines[..n]),
+                            }
+                        }
                     }
                 }
-            }
-        }
+            },
+        );
     })
 }
 
@@ -328,33 +338,34 @@ pub(super) fn weight_grad<T: Kernels>(g: &Geometry, dy: &[T], x: &[T]) -> Vec<T>
             sum
         })
         .collect();
-    let half = T::from_f64(0.5);
-    // G^T of a line
-    let line = |m: [T; 4]| {
-        let (sum, difference) = ((m[1] + m[2]) * half, (m[1] - m[2]) * half);
-        [m[0] + sum, difference, sum + m[3]]
-    };
-    crate::cpu::par_chunks(og * g.c_in * 9, 16 * g.c_in * 9, |tile, out| {
-        for block in 0..blocks {
-            let c0 = block * channels;
-            let cb = channels.min(g.c_in - c0);
-            for c in 0..cb {
-                for j in 0..out.len() / (g.c_in * 9) {
-                    let mut m = [T::ZERO; PATCH];
-                    for share in 0..shares {
-                        let part = &partials[share * blocks + block];
-                        for (i, m) in m.iter_mut().enumerate() {
-                            *m += part[(i * cb + c) * og + tile * 16 + j];
+    crate::cpu::par_chunks(og * g.c_in * 9, 2 * LINES * g.c_in * 9, |tile, out| {
+        vectorised(
+            #[inline(always)]
+            || {
+                for (half, out) in out.chunks_mut(LINES * g.c_in * 9).enumerate() {
+                    let (first, n) = ((2 * tile + half) * LINES, out.len() / (g.c_in * 9));
+                    for block in 0..blocks {
+                        let c0 = block * channels;
+                        let cb = channels.min(g.c_in - c0);
+                        for c in 0..cb {
+                            let mut m = [[T::ZERO; LINES]; PATCH];
+                            for share in 0..shares {
+                                let part = &partials[share * blocks + block];
+                                for (i, m) in m.iter_mut().enumerate() {
+                                    let from = &part[(i * cb + c) * og + first..][..n];
+                                    m.iter_mut().zip(from).for_each(|(m, &v)| *m += v);
+                                }
+                            }
+                            for (tap, lines) in transform_kernel_gradients(&m).iter().enumerate() {
+                                for (j, &v) in lines[..n].iter().enumerate() {
+                                    out[(j * g.c_in + c0 + c) * 9 + tap] = v;
+                                }
+                            }
                         }
                     }
-                    let columns: [[T; 3]; 4] = std::array::from_fn(|j| line([m[j], m[4 + j], m[8 + j], m[12 + j]]));
-                    for r in 0..3 {
-                        let row = line(std::array::from_fn(|j| columns[j][r]));
-                        out[(j * g.c_in + c0 + c) * 9 + 3 * r..][..3].copy_from_slice(&row);
-                    }
                 }
-            }
-        }
+            },
+        );
     })
 }
 

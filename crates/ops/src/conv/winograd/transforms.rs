@@ -42,6 +42,52 @@ fn output_line<T: Element, const L: usize>(m: [Lanes<T, L>; 4]) -> [Lanes<T, L>;
     [add(add(m[0], m[1]), m[2]), sub(sub(m[1], m[2]), m[3])]
 }
 
+/// Kernels whose transforms are formed at once.
+pub(super) const LINES: usize = 8;
+
+#[inline(always)]
+fn halved<T: Element>(mut a: Lanes<T, LINES>) -> Lanes<T, LINES> {
+    let half = T::from_f64(0.5);
+    a.iter_mut().for_each(|v| *v = *v * half);
+    a
+}
+
+/// `G k` of one column or row.
+#[inline(always)]
+fn kernel_line<T: Element>([a, b, c]: [Lanes<T, LINES>; 3]) -> [Lanes<T, LINES>; 4] {
+    [a, halved(add(add(a, b), c)), halved(add(sub(a, b), c)), c]
+}
+
+/// `G^T m` of one column or row.
+#[inline(always)]
+fn kernel_gradient_line<T: Element>(m: [Lanes<T, LINES>; 4]) -> [Lanes<T, LINES>; 3] {
+    let (sum, difference) = (halved(add(m[1], m[2])), halved(sub(m[1], m[2])));
+    [add(m[0], sum), difference, add(sum, m[3])]
+}
+
+/// `G k G^T` of the nine taps of some kernels.
+#[inline(always)]
+pub(super) fn transform_kernels<T: Element>(k: &[Lanes<T, LINES>; 9]) -> [Lanes<T, LINES>; 16] {
+    let columns = [0, 1, 2].map(|j| kernel_line([k[j], k[3 + j], k[6 + j]]));
+    let mut out = [[T::ZERO; LINES]; 16];
+    for r in 0..4 {
+        out[4 * r..][..4].copy_from_slice(&kernel_line([columns[0][r], columns[1][r], columns[2][r]]));
+    }
+    out
+}
+
+/// `G^T m G` of the sixteen sums of some kernels.
+#[inline(always)]
+pub(super) fn transform_kernel_gradients<T: Element>(m: &[Lanes<T, LINES>; 16]) -> [Lanes<T, LINES>; 9] {
+    let columns = [0, 1, 2, 3].map(|j| kernel_gradient_line([m[j], m[4 + j], m[8 + j], m[12 + j]]));
+    let mut out = [[T::ZERO; LINES]; 9];
+    for r in 0..3 {
+        let row = [columns[0][r], columns[1][r], columns[2][r], columns[3][r]];
+        out[3 * r..][..3].copy_from_slice(&kernel_gradient_line(row));
+    }
+    out
+}
+
 #[inline(always)]
 fn load<T: Element, const L: usize>(from: &[T], at: usize) -> Lanes<T, L> {
     from[at..at + L].try_into().expect("a whole vector")
