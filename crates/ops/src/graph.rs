@@ -453,7 +453,7 @@ mod tests {
             Ok((crate::relu(&y)? + y.sin()?)?.narrow(1, 2, 9)?.sqr()?.mean_all()?)
         };
         let loss = apply()?;
-        assert!(handovers(&[loss.clone()]) > 0);
+        assert!(handovers(std::slice::from_ref(&loss)) > 0);
         let (expected, found) = (loss.backward()?, backward(apply()?)?);
         for var in &vars {
             let [found, expected] = [&found, &expected].map(|g| g.get(var).expect("every leaf has a gradient"));

@@ -11,8 +11,8 @@ use candle_core::{CpuStorage, CustomOp3, DType, Layout, Shape, Tensor, WithDType
 
 use crate::cpu::{check_float, for_float, slice_of, with_slice};
 use crate::error::{OpsError, Result};
-use crate::graph;
 use crate::gemm::Element;
+use crate::graph;
 use crate::mode::Mode;
 use crate::planes::dims_nchw;
 use cpu::{Gradients, Kernel, Moments};

@@ -48,7 +48,7 @@ pub(super) const LINES: usize = 8;
 #[inline(always)]
 fn halved<T: Element>(mut a: Lanes<T, LINES>) -> Lanes<T, LINES> {
     let half = T::from_f64(0.5);
-    a.iter_mut().for_each(|v| *v = *v * half);
+    a.iter_mut().for_each(|v| *v *= half);
     a
 }
 
