@@ -53,7 +53,7 @@ pub mod testing;
 pub use activation::{relu, relu6};
 pub use combine::combine_in_place;
 pub use concat::concat_channels;
-pub use conv::{Conv2dConfig, conv2d, conv2d_fused};
+pub use conv::{Conv2dConfig, FusedConv2d, conv2d, conv2d_fused};
 pub use cpu::vectorised;
 pub use dropout::dropout;
 pub use error::{DTypeDifference, Mismatch, OpsError, Result, ShapeDifference};

@@ -4,7 +4,7 @@ mod reference;
 
 use candle_core::{DType, Device, Tensor, Var};
 use segdistill_ops::testing::{assert_close, check_gradient, devices_with_convolution, random_f64, relative_error};
-use segdistill_ops::{Conv2dConfig, OpsError, Precision, conv2d, conv2d_fused};
+use segdistill_ops::{Conv2dConfig, FusedConv2d, OpsError, Precision, conv2d, conv2d_fused};
 
 #[derive(Clone, Debug)]
 struct Case {
@@ -295,6 +295,26 @@ fn the_fused_form_is_the_composition() {
     let residual = random_f64(3, "r", &[1, 6, 3, 3]);
     let message = refused("shape", conv2d_fused(&x, &w, None, Some(&residual), true, Conv2dConfig::default()));
     assert!(message.contains("[1, 6, 3, 3]") && message.contains("[1, 6, 3, 4]"), "{message}");
+}
+
+#[test]
+fn kept_panels_give_the_same_bits_at_every_size() {
+    let cfg = |dilation: usize| Conv2dConfig { padding: [dilation; 2], dilation: [dilation; 2], ..Default::default() };
+    let shapes = [([20, 18, 3, 3], cfg(1)), ([20, 18, 3, 3], cfg(7)), ([20, 18, 1, 1], Conv2dConfig::default())];
+    for dtype in [DType::F32, DType::F64] {
+        for (shape, cfg) in shapes {
+            let tensor = |name, shape: &[usize]| random_f64(3, name, shape).to_dtype(dtype).unwrap();
+            let (w, b) = (tensor("w", &shape), tensor("b", &shape[..1]));
+            let conv = FusedConv2d::new(w.clone(), Some(b.clone()), cfg);
+            // Small maps go another way than large ones, single pixels yet another, and each comes twice.
+            for hw in [[1, 1], [9, 12], [33, 40], [1, 1], [9, 12], [33, 40]] {
+                let x = tensor("x", &[2, shape[1], hw[0], hw[1]]);
+                let expected = conv2d_fused(&x, &w, Some(&b), None, true, cfg).unwrap();
+                let apart = (conv.forward(&x, None, true).unwrap() - expected).unwrap().abs().unwrap();
+                assert_eq!(apart.max_all().unwrap().to_dtype(DType::F64).unwrap().to_scalar::<f64>().unwrap(), 0.0);
+            }
+        }
+    }
 }
 
 #[test]

@@ -1,7 +1,9 @@
 //! Convolution: its numbers and the layer.
 
+use std::sync::{Arc, OnceLock};
+
 use candle_core::{DType, Tensor};
-use segdistill_ops::{Conv2dConfig, Init, OpsError, ParamKind, Scope, conv2d, conv2d_fused};
+use segdistill_ops::{Conv2dConfig, FusedConv2d, Init, OpsError, ParamKind, Scope, conv2d};
 
 use crate::error::Result;
 
@@ -102,6 +104,8 @@ pub struct Conv2d {
     weight: Tensor,
     bias: Option<Tensor>,
     config: Conv2dConfig,
+    /// For inference, from its first use on.
+    fused: OnceLock<Arc<FusedConv2d>>,
 }
 
 impl Conv2d {
@@ -127,7 +131,7 @@ impl Conv2d {
             false => None,
         };
         let config = Conv2dConfig { precision: scope.precision(), ..shape.config() };
-        Ok(Self { weight, bias, config })
+        Ok(Self { weight, bias, config, fused: OnceLock::new() })
     }
 
     /// Convolves.
@@ -144,7 +148,8 @@ impl Conv2d {
 
     /// `act(conv(x) + residual)` without a graph, `act` being ReLU or nothing.
     pub(super) fn infer(&self, x_nchw: &Tensor, residual_nchw: Option<&Tensor>, relu: bool) -> Result<Tensor> {
-        Ok(conv2d_fused(x_nchw, &self.weight, self.bias.as_ref(), residual_nchw, relu, self.config)?)
+        let new = || Arc::new(FusedConv2d::new(self.weight.clone(), self.bias.clone(), self.config));
+        Ok(self.fused.get_or_init(new).forward(x_nchw, residual_nchw, relu)?)
     }
 
     /// The convolution that gives `scale * conv(x) + shift`, formed in f64, in the weights' type.
@@ -157,6 +162,11 @@ impl Conv2d {
             Some(bias) => ((bias.to_dtype(DType::F64)? * scale_c)? + shift_c)?,
             None => shift_c.clone(),
         };
-        Ok(Self { weight: weight.to_dtype(dtype)?, bias: Some(bias.to_dtype(dtype)?), config: self.config })
+        Ok(Self {
+            weight: weight.to_dtype(dtype)?,
+            bias: Some(bias.to_dtype(dtype)?),
+            config: self.config,
+            fused: OnceLock::new(),
+        })
     }
 }

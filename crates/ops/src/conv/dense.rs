@@ -9,6 +9,7 @@ use rayon::prelude::*;
 
 use super::geometry::Geometry;
 use super::pack::{PackedWeight, add_patches, pack_patches, pack_transposed, tap_is_used};
+use super::packed::Panels;
 use super::{Epilogue, Precision, winograd};
 use crate::cpu::{Scratch, Shared, init, vectorised, with_scratch};
 use crate::gemm::{MatMut, MatRef, gemm};
@@ -109,12 +110,25 @@ fn matrix_forward<T: Kernels>(g: &Geometry, x: &[T], weight: &[T], epilogue: Epi
 }
 
 /// `[n, c_out, oh, ow]`.
-pub(super) fn forward<T: Kernels>(g: &Geometry, x: &[T], weight: &[T], epilogue: Epilogue<'_, T>) -> Vec<T> {
+pub(super) fn forward<T: Kernels>(
+    g: &Geometry,
+    x: &[T],
+    weight: &[T],
+    epilogue: Epilogue<'_, T>,
+    panels: Option<&Panels>,
+) -> Vec<T> {
     if is_winograd::<T>(g) {
-        return winograd::forward(g, x, weight, None, epilogue);
+        let transformed = || winograd::transform_weights(g, weight, false);
+        return match panels.and_then(Panels::transformed) {
+            Some(kept) => winograd::forward(g, x, kept.get_or_init(transformed), epilogue),
+            None => winograd::forward(g, x, &transformed(), epilogue),
+        };
     }
     if is_matrix(g) {
         return matrix_forward(g, x, weight, epilogue);
+    }
+    if let Some(kept) = panels.and_then(Panels::direct).filter(|_| g.precision == Precision::F32) {
+        return products(g, T::kernel(), x, kept.get_or_init(|| PackedWeight::new(g, T::kernel(), weight)), epilogue);
     }
     direct_forward(g, x, weight, epilogue)
 }
@@ -216,7 +230,9 @@ fn products<T: Kernels, P: Scratch>(
 /// otherwise.
 pub(super) fn input_grad<T: Kernels>(g: &Geometry, dy: &[T], weight: &[T]) -> Vec<T> {
     match g.input_grad() {
-        Some(turned) if is_winograd::<T>(&turned) => winograd::forward(&turned, dy, weight, Some(g), Epilogue::none()),
+        Some(turned) if is_winograd::<T>(&turned) => {
+            winograd::forward(&turned, dy, &winograd::transform_weights(g, weight, true), Epilogue::none())
+        }
         _ if is_matrix(g) => {
             let (dy, weight) = (MatRef::row_major(dy, g.n, g.c_out), MatRef::row_major(weight, g.c_out, g.c_in));
             multiplied([g.n, g.c_in], dy, weight)
@@ -493,7 +509,7 @@ mod tests {
         let (x64, w64, dy64) = (wide(&x), wide(&w), wide(&dy));
         let what = |name: &str| format!("{} {name} {g:?}", kernel.name);
         let y = products(g, kernel, &x, &PackedWeight::new(g, kernel, &w), Epilogue::none());
-        near(&what("forward"), &y, &forward(g, &x64, &w64, Epilogue::none()), tolerance);
+        near(&what("forward"), &y, &forward(g, &x64, &w64, Epilogue::none(), None), tolerance);
         near(&what("input"), &input_grad_by(g, kernel, &dy, &w), &input_grad(g, &dy64, &w64), tolerance);
         near(&what("weight"), &weight_grad_by(g, kernel, &dy, &x), &weight_grad(g, &dy64, &x64), tolerance);
     }

@@ -11,6 +11,7 @@ mod geometry;
 #[cfg(feature = "cuda")]
 mod on_cuda;
 mod pack;
+mod packed;
 mod winograd;
 
 #[cfg(feature = "cuda")]
@@ -25,6 +26,8 @@ use crate::graph;
 use crate::kernels::Kernels;
 use crate::precision::Precision;
 use geometry::Geometry;
+pub use packed::FusedConv2d;
+use packed::Panels;
 
 const OP: &str = "conv2d";
 
@@ -117,6 +120,19 @@ pub fn conv2d_fused(
     relu: bool,
     cfg: Conv2dConfig,
 ) -> Result<Tensor> {
+    fused(x_nchw, weight, bias, residual_nchw, relu, cfg, None)
+}
+
+/// [`conv2d_fused`], with the weight's panels when they are kept.
+fn fused(
+    x_nchw: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    residual_nchw: Option<&Tensor>,
+    relu: bool,
+    cfg: Conv2dConfig,
+    panels: Option<&Panels>,
+) -> Result<Tensor> {
     let g = Geometry::new(x_nchw, weight, bias, cfg)?;
     let given: Vec<&Tensor> = [Some(x_nchw), Some(weight), bias, residual_nchw].into_iter().flatten().collect();
     check(&given, cfg.precision)?;
@@ -152,7 +168,8 @@ pub fn conv2d_fused(
     }
     let out = for_float!(OP, x.dtype(), T => with_slice::<T, _>(OP, &x, |x| with_slice::<T, _>(OP, &weight, |w| {
         with_optional(bias.as_ref(), |bias| with_optional(residual.as_ref(), |residual| {
-            Tensor::from_vec(forward(&g, x, w, Epilogue { bias, residual, relu }), &g.output_shape(), x_nchw.device())
+            let y = forward(&g, x, w, Epilogue { bias, residual, relu }, panels);
+            Tensor::from_vec(y, &g.output_shape(), x_nchw.device())
         }))
     })))?;
     Ok(out)
@@ -175,8 +192,17 @@ impl<T> Epilogue<'_, T> {
     }
 }
 
-fn forward<T: Kernels>(g: &Geometry, x: &[T], weight: &[T], epilogue: Epilogue<'_, T>) -> Vec<T> {
-    if g.is_depthwise() { depthwise::forward(g, x, weight, epilogue) } else { dense::forward(g, x, weight, epilogue) }
+fn forward<T: Kernels>(
+    g: &Geometry,
+    x: &[T],
+    weight: &[T],
+    epilogue: Epilogue<'_, T>,
+    panels: Option<&Panels>,
+) -> Vec<T> {
+    match g.is_depthwise() {
+        true => depthwise::forward(g, x, weight, epilogue),
+        false => dense::forward(g, x, weight, epilogue, panels),
+    }
 }
 
 /// Refuses tensors that no convolution of this build takes.
@@ -217,7 +243,7 @@ impl Convolution {
         let out = for_float!(OP, x.dtype(), T => {
             let (x, w) = (slice_of::<T>(OP, x, lx)?, slice_of::<T>(OP, w, lw)?);
             let bias = bias.map(|(b, lb)| slice_of::<T>(OP, b, lb)).transpose()?;
-            Ok(T::to_cpu_storage_owned(forward(g, x, w, Epilogue { bias, ..Epilogue::none() })))
+            Ok(T::to_cpu_storage_owned(forward(g, x, w, Epilogue { bias, ..Epilogue::none() }, None)))
         })?;
         Ok((out, Shape::from_dims(&g.output_shape())))
     }

@@ -51,9 +51,9 @@ pub(super) fn is_shorter(g: &Geometry) -> bool {
 
 /// `G g G^T` for the kernels `[c_out][c_in][3][3]` as panels `[panel][16][channel][mr]`; with `turned` the rows are the
 /// input channels and the kernels stand on their heads.
-fn transform_weights<T: Kernels>(g: &Geometry, kernel: &Kernel<T>, weight: &[T], turned: bool) -> Vec<T> {
+pub(super) fn transform_weights<T: Kernels>(g: &Geometry, weight: &[T], turned: bool) -> Vec<T> {
     let (n_rows, n_channels) = if turned { (g.c_in, g.c_out) } else { (g.c_out, g.c_in) };
-    let mr = kernel.mr;
+    let mr = T::kernel().mr;
     let tap_len = n_channels * mr;
     crate::cpu::par_chunks(n_rows.div_ceil(mr) * PATCH * tap_len, PATCH * tap_len, |index, panel| {
         let rows = index * mr..n_rows.min((index + 1) * mr);
@@ -112,16 +112,10 @@ fn transformed_patches<T: Kernels>(
     }
 }
 
-/// [`super::dense::forward`], or with `turned` [`super::dense::input_grad`] of the geometry that `g` was turned from.
-pub(super) fn forward<T: Kernels>(
-    g: &Geometry,
-    x: &[T],
-    weight: &[T],
-    turned_from: Option<&Geometry>,
-    epilogue: Epilogue<'_, T>,
-) -> Vec<T> {
+/// [`super::dense::forward`] with the weights of [`transform_weights`]; with turned ones, and the geometry that the input's
+/// gradient has as a convolution, [`super::dense::input_grad`].
+pub(super) fn forward<T: Kernels>(g: &Geometry, x: &[T], weights: &[T], epilogue: Epilogue<'_, T>) -> Vec<T> {
     let kernel = T::kernel();
-    let weights = transform_weights(turned_from.unwrap_or(g), kernel, weight, turned_from.is_some());
     let tiles = Tiles::new(g);
     let Kernel { mr, nr, .. } = *kernel;
     let (plane, m) = (g.h * g.w, g.pixels());

@@ -44,11 +44,11 @@ fn it_is_the_direct_convolution() {
         for relu in [false, true] {
             let epilogue = Epilogue { bias: Some(&bias), residual: relu.then_some(&dy[..]), relu };
             let expected = dense::direct_forward(&g, &x, &w, epilogue);
-            near("forward", &forward(&g, &x, &w, None, epilogue), &expected);
+            near("forward", &forward(&g, &x, &transform_weights(&g, &w, false), epilogue), &expected);
         }
         if let Some(turned) = g.input_grad() {
             let expected = dense::direct_input_grad(&g, &dy, &w);
-            near("input", &forward(&turned, &dy, &w, Some(&g), Epilogue::none()), &expected);
+            near("input", &forward(&turned, &dy, &transform_weights(&g, &w, true), Epilogue::none()), &expected);
         }
         near("weight", &weight_grad(&g, &dy, &x), &dense::direct_weight_grad(&g, &dy, &x));
     }
@@ -83,6 +83,6 @@ fn in_f32_its_error_is_near_the_direct_one() {
         (apart / expected.iter().map(|&e| square(e)).sum::<f64>()).sqrt()
     };
     let direct = rms(&dense::direct_forward(&g, &x, &w, Epilogue::none()));
-    let tiled = rms(&forward(&g, &x, &w, None, Epilogue::none()));
+    let tiled = rms(&forward(&g, &x, &transform_weights(&g, &w, false), Epilogue::none()));
     assert!(tiled < 4.0 * direct && tiled < 1e-6, "{tiled:.2e}, direct {direct:.2e}");
 }
