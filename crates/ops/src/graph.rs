@@ -4,7 +4,8 @@
 //! more than the gradient itself takes, and keeps every map of the forward pass until the last one is done. An operation
 //! that is applied by [`apply1`], [`apply2`] or [`apply3`] is a node of candle's graph like any other, and is written
 //! down here besides; [`backward`] walks what was written down, hands the first gradient of a tensor on as it is, and
-//! drops each map once nothing below needs it. Where it meets another operation it lets candle differentiate from there.
+//! drops each map once nothing below needs it. Where it meets other operations it lets candle differentiate from there, in
+//! one walk from all of them.
 //!
 //! What does not live here: the derivative of any operation, and second derivatives.
 
@@ -291,28 +292,28 @@ pub fn backward_from(outputs: Vec<(Tensor, Tensor)>) -> Result<GradStore> {
         }
     }
     let mut found = GradStore::default();
-    // Untried there: on a GPU some operations are still made of candle's own, which this walk would enter twice.
-    if outputs.iter().any(|(output, _)| !output.device().is_cpu()) {
-        for (output, seed) in outputs {
-            found.extend((&output * &seed)?.sum_all()?.backward()?)?;
-        }
-        return Ok(found);
-    }
     let (roots, seeds): (Vec<Tensor>, Vec<Tensor>) = outputs.into_iter().unzip();
+    // On a GPU, where networks have some of candle's own operations still, all of it is left to candle.
+    let here = roots.iter().all(|root| root.device().is_cpu());
     let mut order = topological(&roots);
     let mut pending = GradStore::default();
     for (root, seed) in roots.into_iter().zip(seeds) {
         add_to(&mut pending, &root, seed.detach())?;
     }
+    let mut handed_over: Option<Tensor> = None;
     while let Some(Node { tensor, step }) = order.pop() {
         let Some(grad) = pending.remove(&tensor) else { continue };
         if tensor.is_variable() {
             add_to(&mut found, &tensor, grad)?;
             continue;
         }
-        let Some(step) = step else {
-            // An operation of candle's own: its walk goes on from here, down to the variables.
-            found.extend((&tensor * &grad)?.sum_all()?.backward()?)?;
+        let Some(step) = step.filter(|_| here) else {
+            // An operation of candle's own: its walk goes on from here, once for all of them.
+            let product = (&tensor * &grad)?.sum_all()?;
+            handed_over = Some(match handed_over {
+                None => product,
+                Some(sum) => (sum + product)?,
+            });
             continue;
         };
         let gradients = (step.derivative)(&step.inputs, &tensor, &grad)?;
@@ -325,11 +326,14 @@ pub fn backward_from(outputs: Vec<(Tensor, Tensor)>) -> Result<GradStore> {
             }
         }
     }
+    if let Some(below) = handed_over {
+        found.extend(below.backward()?)?;
+    }
     Ok(found)
 }
 
-/// How many times [`backward_from`] these outputs would hand over to candle: operations that were not applied by this
-/// module, with a variable behind them, and reached without passing another such.
+/// From how many places [`backward_from`] these outputs would leave the rest to candle's walk: operations that were not
+/// applied by this module, with a variable behind them, and reached without passing another such.
 ///
 /// 0 for every network and loss of this workspace; whoever adds an operation of candle's own to one sees it here.
 pub fn handovers(outputs: &[Tensor]) -> usize {
