@@ -153,6 +153,11 @@ impl<'a, T> Shared<'a, T> {
         Self { start: memory.as_mut_ptr().cast(), len: memory.len(), life: PhantomData }
     }
 
+    /// Over elements that are initialised already.
+    pub(crate) fn over(memory: &'a mut [T]) -> Self {
+        Self { start: memory.as_mut_ptr(), len: memory.len(), life: PhantomData }
+    }
+
     /// One part.
     ///
     /// # Safety

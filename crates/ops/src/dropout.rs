@@ -1,4 +1,4 @@
-//! Dropout whose mask is a function of (seed, layer name, step).
+//! Dropout, of elements or of whole branches, whose mask is a function of (seed, layer name, step).
 
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
@@ -35,12 +35,7 @@ const BITS: usize = u64::BITS as usize;
 /// # Source
 /// Srivastava et al. 2014; scaled in training as in PyTorch `torch.nn.functional.dropout`.
 pub fn dropout(x: &Tensor, p: f64, mode: Mode, name: &str) -> Result<Tensor> {
-    if !(0.0..1.0).contains(&p) {
-        return Err(OpsError::config(
-            format!("dropout `{name}`: p is {p}, expected 0 <= p < 1"),
-            "p is the share of elements set to 0; 0.1 and 0.5 are usual",
-        ));
-    }
+    check_probability(NAME, p, name)?;
     let Mode::Train { seed, step } = mode else { return Ok(x.clone()) };
     if p == 0.0 {
         return Ok(x.clone());
@@ -49,6 +44,48 @@ pub fn dropout(x: &Tensor, p: f64, mode: Mode, name: &str) -> Result<Tensor> {
     let stream = Stream::new(seed, &format!("dropout/{name}"), &[step]);
     let op = Dropout { keep: keep_bits(&stream, x.elem_count(), p), scale: 1.0 / (1.0 - p) };
     Ok(graph::apply1(&x.contiguous()?, op)?)
+}
+
+/// Stochastic depth: leaves a residual branch out, image by image: `y[i] = x[i] * keep[i] / (1 - p)`, with `keep` 0 with
+/// probability `p`, else 1.
+///
+/// In `Eval`, or for `p = 0`, it is `x` itself. Image `i` is left out where word `i` of the stream
+/// (`seed`, `"drop_path/{name}"`, `[step]`) is below `round(p * 2^32)`.
+///
+/// # Shapes
+/// `[n, ..]`, f32 or f64; returns the same.
+/// # Gradient
+/// `keep / (1 - p)`, the mask of the forward pass.
+/// # Errors
+/// `Shape` for a tensor without dimensions; those of [`dropout`].
+/// # Source
+/// Huang et al. 2016; scaled in training as in timm's `DropPath`.
+pub fn drop_path(x: &Tensor, p: f64, mode: Mode, name: &str) -> Result<Tensor> {
+    check_probability("drop_path", p, name)?;
+    let Mode::Train { seed, step } = mode else { return Ok(x.clone()) };
+    if p == 0.0 {
+        return Ok(x.clone());
+    }
+    check_float("drop_path", &[x])?;
+    let Some(&n) = x.dims().first() else {
+        return Err(OpsError::shape("drop_path", "a tensor without dimensions", "[n, ..]", "pass a batch"));
+    };
+    let keep = keep_bits(&Stream::new(seed, &format!("drop_path/{name}"), &[step]), n, p);
+    let kept = |i: usize| if keep[i / BITS] >> (i % BITS) & 1 == 1 { 1.0 / (1.0 - p) } else { 0.0 };
+    let factors: Vec<f64> = (0..n).map(kept).collect();
+    let shape: Vec<usize> = std::iter::once(n).chain(std::iter::repeat_n(1, x.rank() - 1)).collect();
+    let factors = Tensor::from_vec(factors, shape, &candle_core::Device::Cpu)?;
+    Ok(x.broadcast_mul(&factors.to_dtype(x.dtype())?.to_device(x.device())?)?)
+}
+
+fn check_probability(op: &str, p: f64, name: &str) -> Result<()> {
+    match (0.0..1.0).contains(&p) {
+        true => Ok(()),
+        false => Err(OpsError::config(
+            format!("{op} `{name}`: p is {p}, expected 0 <= p < 1"),
+            "p is the share of what is set to 0; 0.1 and 0.5 are usual",
+        )),
+    }
 }
 
 /// Bit `i` is 1 where element `i` stays.

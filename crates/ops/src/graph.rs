@@ -17,9 +17,8 @@ use candle_core::CudaStorage;
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Shape, Tensor, TensorId};
 
-use crate::cpu::{for_float, par_chunks, with_slice};
+use crate::cpu::{for_float, with_slice};
 use crate::error::{OpsError, Result};
-use crate::planes::CHUNK;
 
 const NAME: &str = "backward";
 
@@ -388,13 +387,7 @@ fn sum(a: &Tensor, b: &Tensor) -> candle_core::Result<Tensor> {
         return Ok((a + b)?.detach());
     }
     for_float!(NAME, a.dtype(), T => with_slice::<T, _>(NAME, a, |x| with_slice::<T, _>(NAME, b, |y| {
-        let sums = par_chunks(x.len(), CHUNK, |chunk, out| {
-            let from = chunk * CHUNK;
-            for ((out, &x), &y) in out.iter_mut().zip(&x[from..]).zip(&y[from..]) {
-                *out = x + y;
-            }
-        });
-        Tensor::from_vec(sums, a.shape(), a.device())
+        Tensor::from_vec(crate::pieces::sum(x, y), a.shape(), a.device())
     })))
 }
 

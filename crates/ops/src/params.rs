@@ -33,6 +33,8 @@ pub enum Init {
     KaimingFanOut,
     /// Normal with variance `2 / fan_in`.
     KaimingFanIn,
+    /// Normal with this standard deviation.
+    Normal(f64),
     /// Uniform within `sqrt(6 / (fan_in + fan_out))` (Glorot and Bengio 2010).
     Xavier,
     /// Every element the same.
@@ -365,6 +367,7 @@ fn initial_values(seed: u64, name: &str, shape: &[usize], init: Init) -> Result<
     Ok(match init {
         Init::KaimingFanOut => normal(2.0 / fan_out),
         Init::KaimingFanIn => normal(2.0 / fan_in),
+        Init::Normal(deviation) => normal(deviation * deviation),
         Init::Xavier => {
             let bound = (6.0 / (fan_in + fan_out)).sqrt();
             (0..n).map(|_| stream.uniform(-bound, bound)).collect()

@@ -1,9 +1,12 @@
 //! Max, average and adaptive average pooling.
+//!
+//! The way back up, unpooling, lives in `unpool`.
 
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor, WithDType};
+use rayon::prelude::*;
 
 use crate::cpu::{Element, check_float, for_float, par_chunks, slice_of, vectorised, with_slice};
 #[cfg(feature = "cuda")]
@@ -82,6 +85,40 @@ pub fn max_pool2d(x_nchw: &Tensor, cfg: Pool2dConfig) -> Result<Tensor> {
     let [n, c, h, w] = dims_nchw(op, x_nchw)?;
     let out_hw = cfg.checked_output_hw(op, [h, w])?;
     Ok(graph::apply1(&x_nchw.contiguous()?, MaxPool { dims: [n, c, h, w], out_hw, cfg })?)
+}
+
+/// [`max_pool2d`], and where each maximum lies: what max unpooling needs.
+///
+/// # Shapes
+/// - `x_nchw`: `[n, c, h, w]`, f32 or f64
+/// - returns maxima and indices, both `[n, c, oh, ow]` by [`Pool2dConfig::output_hw`]; an index is the place
+///   `y * w + x` in its plane, u32
+/// # Gradient
+/// That of [`max_pool2d`]; the indices are no part of any graph. Where an index points, the gradient goes.
+/// # Errors
+/// Those of [`max_pool2d`]; `Shape` for planes of 2^32 pixels and more.
+/// # Source
+/// PyTorch `torch.nn.functional.max_pool2d(return_indices=True)`, there with i64 indices.
+pub fn max_pool2d_with_indices(x_nchw: &Tensor, cfg: Pool2dConfig) -> Result<(Tensor, Tensor)> {
+    let op = "max_pool2d_with_indices";
+    check_float(op, &[x_nchw])?;
+    let dims = dims_nchw(op, x_nchw)?;
+    let out_hw = cfg.checked_output_hw(op, [dims[2], dims[3]])?;
+    if u32::try_from(dims[2] * dims[3]).is_err() {
+        let found = format!("a plane of {} pixels", dims[2] * dims[3]);
+        return Err(OpsError::shape(op, found, "fewer than 2^32", "pool a smaller map"));
+    }
+    let x = x_nchw.contiguous()?;
+    let pool = MaxPool { dims, out_hw, cfg };
+    let shape = (dims[0], dims[1], out_hw[0], out_hw[1]);
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        let indices = for_float!(op, x.dtype(), T => cuda::max_pool_places::<T>(op, &x, dims, out_hw, cfg))?;
+        return Ok((graph::apply1(&x, pool)?, indices));
+    }
+    let indices = for_float!(op, x.dtype(), T => with_slice::<T, _>(op, &x, |values| Ok(pool.places(values))))?;
+    let indices = Tensor::from_vec(indices, shape, x.device())?;
+    Ok((graph::apply1(&x, pool)?, indices))
 }
 
 /// Mean of every window; padding counts as zeros, but what `ceil_mode` adds beyond it does not count.
@@ -226,6 +263,24 @@ impl MaxPool {
                 }
             });
         })
+    }
+
+    /// Where the maxima lie in their planes.
+    fn places<T: Element>(&self, x: &[T]) -> Vec<u32> {
+        let ([n, c, h, w], [oh, ow]) = (self.dims, self.out_hw);
+        let mut out = vec![0; n * c * oh * ow];
+        out.par_chunks_mut(oh * ow).enumerate().for_each(|(p, out)| {
+            let (mut best, mut scratch) = (vec![T::ZERO; ow], vec![T::ZERO; self.scratch_len()]);
+            vectorised(|| {
+                for (oy, arg) in out.chunks_mut(ow).enumerate() {
+                    self.row::<T, true>(&x[p * h * w..][..h * w], oy, &mut best, arg, &mut scratch);
+                    for (ox, arg) in arg.iter_mut().enumerate() {
+                        *arg = (*arg as usize + ox * self.cfg.stride[1] - self.cfg.padding[1]) as u32;
+                    }
+                }
+            });
+        });
+        out
     }
 
     fn backward<T: Element>(&self, x: &[T], grad: &[T]) -> Vec<T> {

@@ -52,6 +52,13 @@ pub fn resize_nearest(x_nchw: &Tensor, out_hw: [usize; 2]) -> Result<Tensor> {
     resize(x_nchw, out_hw, "resize_nearest", nearest_axis, |dims, rows, cols| Nearest { dims, rows, cols })
 }
 
+/// Repeats every pixel `factor` times along both axes, by whole numbers; `factor` is 1 or more.
+pub(crate) fn repeat(x_nchw: &Tensor, factor: usize, name: &'static str) -> Result<Tensor> {
+    let [_, _, h, w] = dims_nchw(name, x_nchw)?;
+    let axis = |_: usize, out: usize| (0..out).map(|o| o / factor).collect();
+    resize(x_nchw, [h * factor, w * factor], name, axis, |dims, rows, cols| Nearest { dims, rows, cols })
+}
+
 fn resize<A, Op: CustomOp1 + Send + Sync + 'static>(
     x_nchw: &Tensor,
     out_hw: [usize; 2],

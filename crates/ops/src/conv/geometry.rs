@@ -28,7 +28,7 @@ pub(super) struct Geometry {
 impl Geometry {
     pub(super) fn new(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, cfg: Conv2dConfig) -> Result<Self> {
         let Conv2dConfig { stride, padding, dilation, groups, precision } = cfg;
-        let ([n, c_in, h, w], [c_out, c_group, kh, kw]) = (rank4(x, "x")?, rank4(weight, "weight")?);
+        let ([n, c_in, h, w], [c_out, c_group, kh, kw]) = (rank4(OP, x, "x")?, rank4(OP, weight, "weight")?);
         if groups == 0 || stride.contains(&0) || dilation.contains(&0) {
             return Err(OpsError::config(
                 format!("{OP}: stride {stride:?}, dilation {dilation:?}, groups {groups}, expected 1 or more"),
@@ -94,6 +94,10 @@ impl Geometry {
         [self.n, self.c_out, self.oh, self.ow]
     }
 
+    pub(super) fn input_shape(&self) -> [usize; 4] {
+        [self.n, self.c_in, self.h, self.w]
+    }
+
     /// Input channels of a group.
     pub(super) fn c_in_group(&self) -> usize {
         self.c_in / self.groups
@@ -127,8 +131,8 @@ impl Geometry {
     }
 }
 
-fn rank4(tensor: &Tensor, name: &str) -> Result<[usize; 4]> {
+pub(super) fn rank4(op: &'static str, tensor: &Tensor, name: &str) -> Result<[usize; 4]> {
     <[usize; 4]>::try_from(tensor.dims()).map_err(|_| {
-        OpsError::shape(OP, format!("{name} {:?}", tensor.dims()), "four dimensions", "maps are [n, c, h, w]")
+        OpsError::shape(op, format!("{name} {:?}", tensor.dims()), "four dimensions", "maps are [n, c, h, w]")
     })
 }

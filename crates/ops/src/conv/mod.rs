@@ -2,8 +2,8 @@
 //!
 //! `dense` multiplies packed strips of pixels, `winograd` tiles of them where that takes fewer products (f32, 3x3, stride
 //! 1), `depthwise` works on planes; all are tasks on rayon whose number and order depend on the shapes alone, so the bits
-//! do not depend on the threads. `on_cuda` hands tensors on a GPU to cuDNN. What does not live here: transposed and
-//! one-dimensional convolution, and any weight.
+//! do not depend on the threads. `transposed` turns a convolution around, on the same kernels. `on_cuda` hands tensors on a
+//! GPU to cuDNN. What does not live here: one-dimensional convolution, and any weight.
 
 mod dense;
 mod depthwise;
@@ -12,6 +12,7 @@ mod geometry;
 mod on_cuda;
 mod pack;
 mod packed;
+mod transposed;
 mod winograd;
 
 #[cfg(feature = "cuda")]
@@ -28,6 +29,7 @@ use crate::precision::Precision;
 use geometry::Geometry;
 pub use packed::FusedConv2d;
 use packed::Panels;
+pub use transposed::{ConvTranspose2dConfig, conv_transpose2d};
 
 const OP: &str = "conv2d";
 
@@ -92,11 +94,11 @@ pub fn conv2d(x_nchw: &Tensor, weight: &Tensor, bias: Option<&Tensor>, cfg: Conv
     let (x, weight) = (x_nchw.contiguous()?, weight.contiguous()?);
     match bias {
         None => {
-            check(&[&x, &weight], cfg.precision)?;
+            check(OP, &[&x, &weight], cfg.precision)?;
             Ok(graph::apply2(&x, &weight, op)?)
         }
         Some(bias) => {
-            check(&[&x, &weight, bias], cfg.precision)?;
+            check(OP, &[&x, &weight, bias], cfg.precision)?;
             Ok(graph::apply3(&x, &weight, &bias.contiguous()?, op)?)
         }
     }
@@ -135,7 +137,7 @@ fn fused(
 ) -> Result<Tensor> {
     let g = Geometry::new(x_nchw, weight, bias, cfg)?;
     let given: Vec<&Tensor> = [Some(x_nchw), Some(weight), bias, residual_nchw].into_iter().flatten().collect();
-    check(&given, cfg.precision)?;
+    check(OP, &given, cfg.precision)?;
     if let Some(residual) = residual_nchw
         && residual.dims() != g.output_shape()
     {
@@ -206,12 +208,12 @@ fn forward<T: Kernels>(
 }
 
 /// Refuses tensors that no convolution of this build takes.
-fn check(tensors: &[&Tensor], precision: Precision) -> Result<()> {
-    check_float(OP, tensors)?;
+fn check(op: &'static str, tensors: &[&Tensor], precision: Precision) -> Result<()> {
+    check_float(op, tensors)?;
     if precision == Precision::Bf16 {
         if tensors[0].dtype() != DType::F32 {
             return Err(OpsError::config(
-                format!("{OP}: bf16 products for {:?}, expected F32", tensors[0].dtype()),
+                format!("{op}: bf16 products for {:?}, expected F32", tensors[0].dtype()),
                 "bf16 products are summed in f32: use f32 tensors, or precision f32",
             ));
         }
@@ -221,7 +223,7 @@ fn check(tensors: &[&Tensor], precision: Precision) -> Result<()> {
     }
     if tensors[0].device().is_cuda() && !cfg!(feature = "cudnn") {
         return Err(OpsError::config(
-            format!("{OP}: no convolution for {:?} in this build", tensors[0].device().location()),
+            format!("{op}: no convolution for {:?} in this build", tensors[0].device().location()),
             "CUDA convolutions are cuDNN's: build with --features cuda,cudnn, or use the CPU",
         ));
     }
@@ -357,7 +359,7 @@ impl CustomOp3 for Convolution {
         }
         let db = if b.track_op() {
             let db = for_float!(OP, grad.dtype(), T => with_slice::<T, _>(OP, &grad, |dy| {
-                Tensor::from_vec(channel_sums(&self.geometry, dy), b.shape(), b.device())
+                Tensor::from_vec(channel_sums(self.geometry.output_shape(), dy), b.shape(), b.device())
             }))?;
             Some(db)
         } else {
@@ -368,17 +370,17 @@ impl CustomOp3 for Convolution {
 }
 
 /// `db[o] = sum_{n, y, x} dy[n, o, y, x]`: 16 running sums within a block of pixels, f64 across blocks.
-fn channel_sums<T: Element>(g: &Geometry, dy: &[T]) -> Vec<T> {
+fn channel_sums<T: Element>([n, c, h, w]: [usize; 4], dy: &[T]) -> Vec<T> {
     const BLOCK: usize = 4096;
-    let m = g.oh * g.ow;
-    let mut sums = vec![T::ZERO; g.c_out];
+    let m = h * w;
+    let mut sums = vec![T::ZERO; c];
     sums.par_iter_mut().enumerate().for_each(|(o, sum)| {
         cpu::vectorised(
             #[inline(always)]
             || {
                 let mut total = 0.0;
-                for i in 0..g.n {
-                    for block in dy[(i * g.c_out + o) * m..][..m].chunks(BLOCK) {
+                for i in 0..n {
+                    for block in dy[(i * c + o) * m..][..m].chunks(BLOCK) {
                         let mut lanes = [T::ZERO; 16];
                         let chunks = block.chunks_exact(16);
                         for (lane, &v) in lanes.iter_mut().zip(chunks.remainder()) {

@@ -53,6 +53,23 @@ pub(crate) fn input_grad(op: &'static str, sizes: &Sizes, weight: &Tensor, grad:
     super::cudnn::convolution_grad(op, super::cudnn::Pass::InputGrad, sizes, weight, grad)
 }
 
+/// The input gradient as a forward pass: `y` is what the convolution of `sizes` gives out, the result what it takes.
+#[cfg(feature = "cudnn")]
+pub(crate) fn convolve_transposed(
+    op: &'static str,
+    sizes: &Sizes,
+    y: (&CudaStorage, &Layout),
+    weight: (&CudaStorage, &Layout),
+) -> Result<CudaStorage> {
+    super::cudnn::convolution(op, super::cudnn::Pass::InputGrad, sizes, weight, y)
+}
+
+/// `conv(x, w)` for the tensors of a backward pass.
+#[cfg(feature = "cudnn")]
+pub(crate) fn output(op: &'static str, sizes: &Sizes, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    super::cudnn::convolution_grad(op, super::cudnn::Pass::Forward, sizes, x, weight)
+}
+
 /// Gradient of the weight.
 #[cfg(feature = "cudnn")]
 pub(crate) fn weight_grad(op: &'static str, sizes: &Sizes, x: &Tensor, grad: &Tensor) -> Result<Tensor> {
@@ -78,6 +95,19 @@ mod absent {
         refuse(op)
     }
 
+    pub(crate) fn convolve_transposed(
+        op: &'static str,
+        _sizes: &Sizes,
+        _y: (&CudaStorage, &Layout),
+        _weight: (&CudaStorage, &Layout),
+    ) -> Result<CudaStorage> {
+        refuse(op)
+    }
+
+    pub(crate) fn output(op: &'static str, _: &Sizes, _: &Tensor, _: &Tensor) -> Result<Tensor> {
+        refuse(op)
+    }
+
     pub(crate) fn input_grad(op: &'static str, _: &Sizes, _: &Tensor, _: &Tensor) -> Result<Tensor> {
         refuse(op)
     }
@@ -87,7 +117,7 @@ mod absent {
     }
 }
 #[cfg(not(feature = "cudnn"))]
-pub(crate) use absent::{convolve, input_grad, weight_grad};
+pub(crate) use absent::{convolve, convolve_transposed, input_grad, output, weight_grad};
 
 /// Sums over images and pixels of `[n, c, m]`: the gradient of a bias.
 pub(crate) fn channel_sums<T: Real>(op: &'static str, grad: &Tensor, [n, c, m]: [usize; 3]) -> Result<Tensor> {

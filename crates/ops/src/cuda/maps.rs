@@ -1,7 +1,8 @@
 //! Pooling and resizing: every thread gathers one element, forward and backward, so that no sum depends on timing.
 
 use candle_core::cuda::cudarc::driver::{CudaSlice, DeviceRepr};
-use candle_core::{CudaDevice, CudaStorage, Layout, Result, Tensor};
+use candle_core::op::BackpropOp;
+use candle_core::{CudaDevice, CudaStorage, Layout, Result, Storage, Tensor};
 
 use super::{Real, launch, per_element, size, stored, tensor, uninit, view, with_view};
 use crate::pool::{Bin, Pool2dConfig};
@@ -80,6 +81,28 @@ pub(crate) fn max_pool<T: Real>(
     // null pointer for the places.
     unsafe { launch!(device, T, "max_pool", config, &n, &pool, &lowest, &x, &mut out, &no_places) };
     Ok(stored(device, out))
+}
+
+/// Where the maxima of [`max_pool`] lie in their planes, u32.
+pub(crate) fn max_pool_places<T: Real>(
+    op: &'static str,
+    x: &Tensor,
+    dims: [usize; 4],
+    out_hw: [usize; 2],
+    cfg: Pool2dConfig,
+) -> Result<Tensor> {
+    let windows = dims[0] * dims[1] * out_hw[0] * out_hw[1];
+    with_view::<T, _>(op, x, |device, x| {
+        let (pool, lowest) = (Pool::new(dims, out_hw, cfg)?, T::from_f64(f64::NEG_INFINITY));
+        // SAFETY: the kernel below writes every element.
+        let mut places = unsafe { device.alloc::<u32>(windows)? };
+        let (n, no_maxima, config) = (size(windows)?, 0u64, per_element(windows)?);
+        // SAFETY: as in `max_pool`, with a null pointer for the maxima.
+        unsafe { launch!(device, T, "max_pool", config, &n, &pool, &lowest, &x, &no_maxima, &mut places) };
+        let storage = Storage::Cuda(CudaStorage::wrap_cuda_slice(places, device.clone()));
+        let shape = (dims[0], dims[1], out_hw[0], out_hw[1]);
+        Ok(Tensor::from_storage(storage, shape, BackpropOp::none(), false))
+    })
 }
 
 /// Gradient of [`max_pool`]: the maxima are looked for again, then gathered.

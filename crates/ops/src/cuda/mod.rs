@@ -16,9 +16,9 @@ mod pointwise;
 pub use loss::cross_entropy;
 pub use pointwise::square_sum;
 
-pub(crate) use conv::{Sizes, channel_sums, convolve, input_grad, weight_grad};
+pub(crate) use conv::{Sizes, channel_sums, convolve, convolve_transposed, input_grad, output, weight_grad};
 pub(crate) use maps::{
-    bilinear, bilinear_grad, max_pool, max_pool_grad, mean_pool, mean_pool_grad, nearest, nearest_grad,
+    bilinear, bilinear_grad, max_pool, max_pool_grad, max_pool_places, mean_pool, mean_pool_grad, nearest, nearest_grad,
 };
 pub(crate) use norm::batch_norm_act;
 pub(crate) use pointwise::{combine, keep_scaled, log_softmax, log_softmax_grad, rectify, rectify_grad};

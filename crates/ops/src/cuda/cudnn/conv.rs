@@ -83,7 +83,11 @@ pub(in super::super) fn convolution_grad(
         candle_core::bail!("{op}: a gradient on another device than its operands")
     };
     let out = convolution(op, pass, sizes, (a, a_layout), (g, g_layout))?;
-    let shape = if pass == Pass::InputGrad { sizes.x } else { sizes.weight };
+    let shape = match pass {
+        Pass::Forward => sizes.y,
+        Pass::InputGrad => sizes.x,
+        Pass::WeightGrad => sizes.weight,
+    };
     Ok(Tensor::from_storage(Storage::Cuda(out), &shape[..], BackpropOp::none(), false))
 }
 
