@@ -12,7 +12,7 @@ pub type Result<T> = std::result::Result<T, ModelError>;
 #[non_exhaustive]
 pub enum ModelError {
     /// A network or encoder that is not in the catalogue.
-    #[error("unknown {what} `{found}`, known: {}\n  hint: names are lower case, without spaces or hyphens", .known.join(", "))]
+    #[error("unknown {what} `{found}`, known: {}\n  hint: names are lower case; a network and its encoder are written NETWORK-ENCODER", .known.join(", "))]
     Unknown {
         /// What was looked for: `model` or `encoder`.
         what: &'static str,
@@ -45,6 +45,31 @@ pub enum ModelError {
         /// The way out.
         hint: &'static str,
     },
+    /// A weight file that is not what it says, is damaged, or would do harm; nothing of it was taken.
+    #[error("cannot read weights `{}`, {at}: {why}\n  hint: {hint}", path.display())]
+    File {
+        /// File.
+        path: PathBuf,
+        /// Where in it.
+        at: String,
+        /// What is wrong there.
+        why: String,
+        /// The way out.
+        hint: &'static str,
+    },
+    /// A layout of names that has none for what is asked of it.
+    #[error("layout `{layout}` {why}\n  hint: {hint}")]
+    Layout {
+        /// Layout.
+        layout: String,
+        /// What it lacks.
+        why: String,
+        /// The way out.
+        hint: String,
+    },
+    /// Weights of another library that do not fit the network; nothing was taken.
+    #[error("{0}")]
+    Fit(Box<crate::weights::Misfit>),
     /// A weight file that cannot be written.
     #[error("cannot write weights `{path}`: {why}\n  hint: the folder must exist and have room for the file")]
     Write {

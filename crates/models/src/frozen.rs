@@ -43,6 +43,11 @@ impl Frozen {
         self.model.forward(&images_nchw.detach(), Mode::Eval)
     }
 
+    /// As [`Frozen::forward`] for images that are normalised already.
+    pub fn forward_normalised(&self, images_nchw: &Tensor) -> Result<SegOutput> {
+        self.model.forward_normalised(&images_nchw.detach(), Mode::Eval)
+    }
+
     /// What the network says of itself.
     pub fn info(&self) -> &ModelInfo {
         self.model.info()

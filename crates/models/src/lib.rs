@@ -41,16 +41,22 @@
 
 #![forbid(unsafe_code)]
 
-mod deeplab;
+mod configurations;
+pub mod decoders;
 pub mod encoders;
 mod error;
 mod frozen;
 pub mod layers;
+mod network;
 mod segmenter;
 mod spec;
 pub mod weights;
 
+pub use configurations::{Configuration, Cost, Subject, configurations};
 pub use error::{ModelError, Result};
 pub use frozen::Frozen;
-pub use segmenter::{CatalogEntry, SegOutput, Segmenter, build, catalog, info, macs};
+pub use segmenter::{
+    CatalogEntry, NetworkDescription, PyramidMap, SegOutput, Segmenter, Trace, build, catalog, info, macs, networks,
+    pyramid, trace,
+};
 pub use spec::{ModelInfo, ModelSpec, Tap};

@@ -2,16 +2,17 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::decoders;
 use crate::encoders;
 use crate::error::{ModelError, Result};
-
-/// Networks of this crate.
-pub(crate) const MODELS: [&str; 1] = ["deeplabv3plus"];
 
 /// Smallest height and width a network takes, in pixels: the deepest grid still has a pixel at output stride 32.
 pub(crate) const MIN_SIDE: usize = 32;
 /// Largest height and width, in pixels: beyond it counts of multiply-accumulates could leave 64 bits.
 pub(crate) const MAX_SIDE: usize = 65_536;
+
+/// The layout every network has: that of its own publication, or of the one this project follows.
+pub(crate) const PAPER: &str = "paper";
 
 /// A network as a configuration file writes it.
 ///
@@ -23,39 +24,78 @@ pub(crate) const MAX_SIDE: usize = 65_536;
 /// let spec = ModelSpec { width: 0.25, ..ModelSpec::deeplabv3plus("resnet34", 11) };
 /// assert!(spec.validate().is_ok());
 /// assert!(ModelSpec { output_stride: 12, ..spec }.validate().is_err());
+/// let smp = ModelSpec { layout: "smp".into(), ..ModelSpec::named("deeplabv3plus-resnet34", 19).unwrap() };
+/// assert_eq!(segdistill_models::info(&smp).unwrap().n_parameters, 22_442_083);
 /// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ModelSpec {
-    /// Network: `deeplabv3plus`.
+    /// Network, such as `deeplabv3plus` or `pspnet`.
     pub name: String,
-    /// Encoder: `resnet18`, `resnet34` or `xception65`.
+    /// Encoder, such as `resnet18`, `resnet101-deep` or `xception65`.
     pub encoder: String,
     /// Number of classes, void not counted: at least 2.
     pub n_classes: usize,
     /// Multiplier of every channel count but the image's and the classes', in (0, 4]; the products are rounded to
     /// multiples of 8, at least 8.
     pub width: f64,
-    /// Stride of the encoder's last grid, in pixels: 8 or 16.
+    /// Stride of the encoder's last grid, in pixels: 8 or 16. Networks that take every step back again (those with skips
+    /// to the finest grid) have the encoder as published and do not read it.
     pub output_stride: usize,
-    /// Probability with which dropout zeroes an element of the pyramid's output, in [0, 1).
+    /// Probability with which dropout zeroes an element, at the places where the network has it, in [0, 1).
     pub dropout: f64,
-    /// Channels of the decoder before `width`: a multiple of 8, at most 4096.
+    /// Channels of the decoder before `width`: a multiple of 8, at most 4096. A network whose channels follow from its
+    /// encoder's does not read it.
     pub decoder_channels: usize,
+    /// Which of several published structures: `paper`, which every network has, or another that the network names, such
+    /// as `smp` (segmentation_models.pytorch) or `torchvision`.
+    #[serde(default = "paper")]
+    pub layout: String,
+    /// Whether an auxiliary head is trained beside the network's own, where its publication trains one.
+    #[serde(default)]
+    pub aux: bool,
+}
+
+fn paper() -> String {
+    PAPER.to_string()
 }
 
 impl ModelSpec {
-    /// DeepLabV3+ as published: full width, output stride 16, 256 decoder channels, dropout 0.1.
-    pub fn deeplabv3plus(encoder: &str, n_classes: usize) -> Self {
+    /// The network `name` on `encoder` in its paper layout: full width, output stride 16, dropout 0.1, no auxiliary head,
+    /// 256 decoder channels (SegFormer's are 768 from mit-b2 on).
+    pub fn new(name: &str, encoder: &str, n_classes: usize) -> Self {
         Self {
-            name: MODELS[0].to_string(),
+            name: name.to_string(),
             encoder: encoder.to_string(),
             n_classes,
             width: 1.0,
             output_stride: 16,
             dropout: 0.1,
-            decoder_channels: 256,
+            decoder_channels: decoders::published_channels(name, encoder),
+            layout: paper(),
+            aux: false,
         }
+    }
+
+    /// DeepLabV3+ as published: full width, output stride 16, 256 decoder channels, dropout 0.1.
+    pub fn deeplabv3plus(encoder: &str, n_classes: usize) -> Self {
+        Self::new("deeplabv3plus", encoder, n_classes)
+    }
+
+    /// The network of a name such as `fcn8s-vgg16`: network, hyphen, encoder; else as [`ModelSpec::new`].
+    ///
+    /// # Errors
+    /// `Unknown` when there is no such network or encoder, listing those that exist.
+    pub fn named(name: &str, n_classes: usize) -> Result<Self> {
+        let (network, encoder) = name.split_once('-').unwrap_or((name, ""));
+        known("model", network, decoders::names())?;
+        known("encoder", encoder, encoders::names())?;
+        Ok(Self::new(network, encoder, n_classes))
+    }
+
+    /// The name that [`ModelSpec::named`] reads: network, hyphen, encoder.
+    pub fn full_name(&self) -> String {
+        format!("{}-{}", self.name, self.encoder)
     }
 
     /// Checks every field.
@@ -63,12 +103,14 @@ impl ModelSpec {
     /// # Errors
     /// `Unknown` for a name that does not exist, listing those that do; `Setting` for a value outside its range.
     pub fn validate(&self) -> Result<()> {
-        let unknown = |what, found: &str, known: Vec<&'static str>| match known.contains(&found) {
-            true => Ok(()),
-            false => Err(ModelError::Unknown { what, found: found.to_string(), known }),
-        };
-        unknown("model", &self.name, MODELS.to_vec())?;
-        unknown("encoder", &self.encoder, encoders::names())?;
+        known("model", &self.name, decoders::names())?;
+        known("encoder", &self.encoder, encoders::names())?;
+        let network = decoders::entry(&self.name)?;
+        network.check_layout(&self.layout)?;
+        if self.aux && (!network.aux || self.layout == "smp") {
+            let hint = "its publication trains none; set aux to false";
+            return Err(ModelError::setting("aux", self.aux, "false for this network and layout", hint));
+        }
         // Labels are bytes and 255 is void, so 255 classes (0..=254) are the most a label map can name.
         if !(2..=255).contains(&self.n_classes) {
             let hint = "count the classes without void";
@@ -78,7 +120,7 @@ impl ModelSpec {
         if !(self.width > 0.0 && self.width <= 4.0) {
             return Err(ModelError::setting("width", self.width, "above 0, at most 4", "1 is the published width"));
         }
-        if ![8, 16].contains(&self.output_stride) {
+        if network.dilated && ![8, 16].contains(&self.output_stride) {
             let hint = "16 is the published setting, 8 costs two to three times as much";
             return Err(ModelError::setting("output_stride", self.output_stride, "8 or 16", hint));
         }
@@ -92,6 +134,13 @@ impl ModelSpec {
             return Err(ModelError::setting("decoder_channels", channels, "a multiple of 8, 8 to 4096", hint));
         }
         Ok(())
+    }
+}
+
+fn known(what: &'static str, found: &str, known: Vec<&'static str>) -> Result<()> {
+    match known.contains(&found) {
+        true => Ok(()),
+        false => Err(ModelError::Unknown { what, found: found.to_string(), known }),
     }
 }
 
@@ -122,6 +171,9 @@ pub struct ModelInfo {
     pub output_stride: usize,
     /// Stride of the logits, in pixels.
     pub logits_stride: usize,
+    /// How the published network brings its logits to the image's size: bilinearly with corners aligned, or by pixel
+    /// centres (false). Training and evaluation here go by pixel centres; weights trained elsewhere expect this.
+    pub align_corners: bool,
     /// Feature maps it hands out, from the image on.
     pub taps: Vec<Tap>,
     /// Mean that is subtracted from RGB in [0, 1].
@@ -149,7 +201,9 @@ mod tests {
         assert!(good.validate().is_ok());
         let bad = [
             ("encoder", ModelSpec { encoder: "resnet50x".into(), ..good.clone() }),
-            ("model", ModelSpec { name: "pspnet".into(), ..good.clone() }),
+            ("model", ModelSpec { name: "pspnets".into(), ..good.clone() }),
+            ("layout", ModelSpec { layout: "smb".into(), ..good.clone() }),
+            ("aux", ModelSpec { aux: true, ..good.clone() }),
             ("n_classes", ModelSpec { n_classes: 1, ..good.clone() }),
             ("n_classes", ModelSpec { n_classes: 256, ..good.clone() }),
             ("width", ModelSpec { width: 0.0, ..good.clone() }),
@@ -172,7 +226,7 @@ mod tests {
     #[test]
     fn an_unknown_encoder_lists_the_known_ones() {
         let text = ModelSpec::deeplabv3plus("resnet-34", 11).validate().unwrap_err().to_string();
-        assert!(text.starts_with("unknown encoder `resnet-34`, known: resnet18, resnet34, xception65"), "{text}");
+        assert!(text.starts_with("unknown encoder `resnet-34`, known: resnet18, resnet34, "), "{text}");
     }
 
     #[test]
@@ -182,5 +236,24 @@ mod tests {
         assert_eq!(serde_json::from_str::<ModelSpec>(&text).unwrap(), spec);
         let error = serde_json::from_str::<ModelSpec>(&text.replace("width", "widht")).unwrap_err().to_string();
         assert!(error.contains("widht"), "{error}");
+    }
+
+    #[test]
+    fn a_spec_of_before_layouts_still_reads() {
+        let spec = ModelSpec::deeplabv3plus("resnet34", 11);
+        let old = r#"{"name":"deeplabv3plus","encoder":"resnet34","n_classes":11,"width":1.0,"output_stride":16,
+            "dropout":0.1,"decoder_channels":256}"#;
+        assert_eq!(serde_json::from_str::<ModelSpec>(old).unwrap(), spec);
+    }
+
+    #[test]
+    fn a_name_is_network_and_encoder() {
+        let spec = ModelSpec::named("deeplabv3plus-resnet18-deep", 11).unwrap();
+        assert_eq!((spec.name.as_str(), spec.encoder.as_str()), ("deeplabv3plus", "resnet18-deep"));
+        assert_eq!(spec.full_name(), "deeplabv3plus-resnet18-deep");
+        for (name, what) in [("fcn9s-vgg16", "unknown model `fcn9s`"), ("deeplabv3plus", "unknown encoder ``")] {
+            let text = ModelSpec::named(name, 11).unwrap_err().to_string();
+            assert!(text.starts_with(what), "{text}");
+        }
     }
 }

@@ -12,7 +12,7 @@ use segdistill_ops::{Mode, ParamKind, ParamStore};
 fn encoders_have_the_published_parameter_counts() {
     for (encoder, expected) in [("resnet18", 11_176_512), ("resnet34", 21_284_672), ("xception65", 37_867_312)] {
         for output_stride in [8, 16, 32] {
-            let plan = plan(encoder, EncoderOptions { output_stride, width: 1.0 }).unwrap();
+            let plan = plan(encoder, EncoderOptions { output_stride, ..EncoderOptions::default() }).unwrap();
             assert_eq!(plan.n_parameters(), expected, "{encoder} at {output_stride}");
         }
     }
@@ -123,7 +123,7 @@ fn tensors_have_torchvisions_and_timms_names() {
 
 #[test]
 fn output_stride_changes_no_tensor() {
-    for entry in catalog() {
+    for entry in catalog().into_iter().filter(|entry| entry.name == "deeplabv3plus") {
         for width in [0.01, 0.3] {
             let at = |output_stride| {
                 names(&ModelSpec { output_stride, width, ..ModelSpec::deeplabv3plus(entry.encoder, 11) })
@@ -151,9 +151,9 @@ fn taps_have_the_published_channels_and_strides() {
 /// Sizes that are no multiple of any stride, and the smallest there is.
 #[test]
 fn maps_have_the_channels_and_strides_that_are_said() {
-    for entry in catalog() {
+    for encoder in ["resnet18", "resnet34", "xception65"] {
         for (output_stride, hw) in [(16, [32, 32]), (16, [45, 77]), (8, [33, 70])] {
-            let spec = ModelSpec { output_stride, width: 0.1, ..ModelSpec::deeplabv3plus(entry.encoder, 7) };
+            let spec = ModelSpec { output_stride, width: 0.1, ..ModelSpec::deeplabv3plus(encoder, 7) };
             let store = ParamStore::trainable(0, DType::F32, &Device::Cpu);
             let model = build(&spec, &store).unwrap();
             let images = Tensor::full(0.5f32, (2, 3, hw[0], hw[1]), &Device::Cpu).unwrap();
@@ -163,7 +163,7 @@ fn maps_have_the_channels_and_strides_that_are_said() {
             assert_eq!(out.features.len(), model.info().taps.len());
             for tap in &model.info().taps {
                 let expected = [2, tap.channels, hw[0].div_ceil(tap.stride), hw[1].div_ceil(tap.stride)];
-                assert_eq!(out.features[tap.name].dims(), expected, "{} of {}", tap.name, entry.encoder);
+                assert_eq!(out.features[tap.name].dims(), expected, "{} of {encoder}", tap.name);
             }
         }
     }

@@ -92,14 +92,20 @@ pub enum TermKind {
     Ce,
     /// Channel and spatial correlation against the teacher, at the decoder's resolution.
     Csc,
+    /// Cross entropy of the auxiliary head against the labels, at label resolution.
+    Aux,
 }
 
 impl TermKind {
+    /// Weight of the auxiliary loss in PSPNet's paper, and in those that took it over.
+    pub const AUX_WEIGHT: f64 = 0.4;
+
     /// Name in metrics and reports.
     pub fn name(self) -> &'static str {
         match self {
             TermKind::Ce => "ce",
             TermKind::Csc => "csc",
+            TermKind::Aux => "aux",
         }
     }
 
@@ -203,6 +209,11 @@ impl Stage {
             let twice = || format!("term `{}` appears twice", t.loss.name());
             check(self.terms[..k].iter().all(|u| u.loss != t.loss), twice, "add the weights into one term")?;
         }
+        // Every parameter of a network must learn, and only what exists can be a term.
+        let has_aux = self.terms.iter().any(|t| t.loss == TermKind::Aux && t.weight > 0.0);
+        let aux =
+            || format!("model.aux = {}, term `aux` {}", self.model.aux, if has_aux { "given" } else { "missing" });
+        check(has_aux == self.model.aux, aux, "an auxiliary head and its term come together, or neither does")?;
         check(self.terms.iter().any(|t| t.weight > 0.0), || "every term has weight 0".into(), "give one a weight")
     }
 

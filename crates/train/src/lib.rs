@@ -51,7 +51,8 @@
 //! let stop = AtomicBool::new(false);
 //! let val = StreetScenes::new(scenes.clone(), Split::Val)?;
 //! let train = Arc::new(StreetScenes::new(scenes, Split::Train)?);
-//! let data = StageData { train, val: &val, teacher: None, device: &Device::Cpu, stop: &stop };
+//! let start = Default::default();
+//! let data = StageData { train, val: &val, teacher: None, start: &start, device: &Device::Cpu, stop: &stop };
 //! let mut losses = Losses(Vec::new());
 //! let outcome = run_stage(&stage, &folder, &data, false, &mut losses)?;
 //! assert_eq!((losses.0.len(), outcome.best.0), (2, 2));

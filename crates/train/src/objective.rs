@@ -58,11 +58,20 @@ impl Objective {
         self.terms.iter().map(value).collect()
     }
 
+    /// Cross entropy of `logits_nchw` against the labels, at label resolution.
+    fn labelled(&self, logits_nchw: &Tensor, inputs: &StepInputs) -> Result<Tensor> {
+        let logits = inputs.at_labels(logits_nchw)?;
+        Ok(cross_entropy(&logits, &inputs.labels_nhw, &inputs.valid_nhw, &self.cross_entropy)?)
+    }
+
     fn loss(&self, kind: TermKind, inputs: &StepInputs) -> Result<Tensor> {
         match kind {
-            TermKind::Ce => {
-                let logits = inputs.student_logits_at_labels()?;
-                Ok(cross_entropy(&logits, &inputs.labels_nhw, &inputs.valid_nhw, &self.cross_entropy)?)
+            TermKind::Ce => self.labelled(&inputs.student_logits_nchw, inputs),
+            TermKind::Aux => {
+                let logits = inputs.student_aux_logits_nchw.as_ref().ok_or_else(|| {
+                    TrainError::config("term `aux` has no auxiliary head", "set model.aux, or take the term out")
+                })?;
+                self.labelled(logits, inputs)
             }
             TermKind::Csc => {
                 let teacher = inputs.teacher_logits_nchw.as_ref().ok_or_else(|| {

@@ -31,6 +31,8 @@ pub struct StageData<'a> {
     pub val: &'a dyn Dataset,
     /// Frozen teacher and the digest of its weights, when the objective compares with one.
     pub teacher: Option<(&'a Frozen, &'a str)>,
+    /// Tensors the network starts from, by name; those left out are drawn from the seed.
+    pub start: &'a BTreeMap<String, Tensor>,
     /// Where everything runs.
     pub device: &'a Device,
     /// Raised from outside: finish the step, write a checkpoint, stop.
@@ -116,6 +118,12 @@ pub fn run_stage(
     let started = Instant::now();
     let store = ParamStore::trainable(stage.seed, DType::F32, data.device).with_precision(stage.precision);
     let student = build(&stage.model, &store)?;
+    if !data.start.is_empty() {
+        // All at once, so that a name or shape the network does not have stops the stage.
+        let mut tensors = store.tensors();
+        tensors.extend(data.start.iter().map(|(name, tensor)| (name.clone(), tensor.clone())));
+        store.load(&tensors)?;
+    }
     let mut sgd = Sgd::new(&store, stage.optim.clone())?;
     let mut state = State {
         step: 0,

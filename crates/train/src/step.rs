@@ -14,6 +14,8 @@ use crate::error::{Result, TrainError};
 pub struct StepInputs {
     /// Student logits at its decoder's resolution.
     pub student_logits_nchw: Tensor,
+    /// Logits of the student's auxiliary head at its own resolution, where it has one.
+    pub student_aux_logits_nchw: Option<Tensor>,
     /// Teacher logits on the student's grid, outside the graph.
     pub teacher_logits_nchw: Option<Tensor>,
     /// Labels at crop resolution, u8.
@@ -37,7 +39,8 @@ impl StepInputs {
     /// # Errors
     /// What the networks report; `Config` when the class counts differ.
     pub fn forward(student: &dyn Segmenter, teacher: Option<&Frozen>, batch: &Batch, mode: Mode) -> Result<Self> {
-        let student_logits_nchw = student.forward(&batch.images_nchw, mode)?.logits_nchw;
+        let student = student.forward(&batch.images_nchw, mode)?;
+        let (student_logits_nchw, student_aux_logits_nchw) = (student.logits_nchw, student.aux_logits_nchw);
         let student_grid = grid(&student_logits_nchw)?;
         let teacher_logits_nchw = match teacher {
             None => None,
@@ -54,16 +57,24 @@ impl StepInputs {
         let valid_nhw = valid_mask(&batch.labels_nhw, VOID)?;
         let valid_at_logits_nhw = valid_at_grid(&valid_nhw, student_grid)?;
         let labels_nhw = batch.labels_nhw.clone();
-        Ok(Self { student_logits_nchw, teacher_logits_nchw, labels_nhw, valid_nhw, valid_at_logits_nhw })
+        Ok(Self {
+            student_logits_nchw,
+            student_aux_logits_nchw,
+            teacher_logits_nchw,
+            labels_nhw,
+            valid_nhw,
+            valid_at_logits_nhw,
+        })
     }
 
-    /// Student logits bilinearly at label resolution, as the cross entropy takes them.
+    /// Student logits, the network's or its auxiliary head's, bilinearly at label resolution, as the cross entropy takes
+    /// them.
     ///
     /// # Errors
     /// What `resize_bilinear` reports.
-    pub fn student_logits_at_labels(&self) -> Result<Tensor> {
+    pub fn at_labels(&self, logits_nchw: &Tensor) -> Result<Tensor> {
         let (_, h, w) = self.labels_nhw.dims3()?;
-        Ok(resize_bilinear(&self.student_logits_nchw, [h, w], false)?)
+        Ok(resize_bilinear(logits_nchw, [h, w], false)?)
     }
 }
 

@@ -168,6 +168,7 @@ fn the_loss_curve_of_bf16_lies_within_the_band_of_seeds() {
             train: Arc::clone(&train),
             val: val.as_ref(),
             teacher: None,
+            start: &Default::default(),
             device: &Device::Cpu,
             stop: &stop,
         };

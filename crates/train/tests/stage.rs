@@ -193,3 +193,32 @@ fn a_teacher_that_overflows_is_named_by_its_term() {
     let error = run_stage(&stage, dir.path(), &data, false, &mut Silent).unwrap_err();
     assert!(matches!(&error, TrainError::NonFiniteLoss { term, step: 0, .. } if term == "csc"), "{error}");
 }
+
+/// A stage starts from the tensors it is given, from its seed in all others, and refuses what the network does not have.
+#[test]
+fn a_stage_starts_from_what_it_is_given() {
+    let mut stage = stage(&[(TermKind::Ce, 1.0)]);
+    (stage.optim.lr, stage.optim.warmup_steps) = (1e-12, 0);
+    let drawn = |seed| {
+        let store = ParamStore::trainable(seed, DType::F32, &Device::Cpu);
+        segdistill_models::build(&stage.model, &store).unwrap();
+        store.tensors()
+    };
+    let (own, other) = (drawn(stage.seed), drawn(stage.seed + 1));
+    let given = "encoder.layer1.0.conv1.weight";
+    let mut world = World::new();
+    world.start.insert(given.to_string(), other[given].force_contiguous().unwrap());
+    let dir = tempfile::tempdir().unwrap();
+    let trained = train(&stage, dir.path(), &world).weights;
+    let far = |a: &Tensor, b: &Tensor| a.sub(b).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+    // A step of 1e-12 moves nothing that f32 shows.
+    assert!(far(&trained[given], &other[given]) < 1e-6);
+    assert!(far(&trained[given], &own[given]) > 1e-2);
+    let rest = "encoder.layer1.0.conv2.weight";
+    assert!(far(&trained[rest], &own[rest]) < 1e-6);
+
+    world.start.insert("encoder.fc.weight".into(), Tensor::zeros(3, DType::F32, &Device::Cpu).unwrap());
+    let dir = tempfile::tempdir().unwrap();
+    let error = run_stage(&stage, dir.path(), &world.data(), false, &mut Silent).unwrap_err().to_string();
+    assert!(error.contains("unexpected") && error.contains("encoder.fc.weight"), "{error}");
+}

@@ -1,6 +1,6 @@
-//! Aligned Xception-65 (Chen et al. 2018, figure 4), timm's layout and names, without the classifier.
+//! Aligned Xception-41 and -65 (Chen et al. 2018, figure 4), timm's layout and names, without the classifier.
 //!
-//! Two stem convolutions, three entry blocks, sixteen middle blocks, two exit blocks; each block is three separable
+//! Two stem convolutions, three entry blocks, eight or sixteen middle blocks, two exit blocks; each block is three separable
 //! convolutions, the stride sits in the third. In all but the last block a ReLU precedes each separable convolution and
 //! none is inside it; the last block has no skip and its ReLUs follow both parts of each convolution. Normalisation
 //! constant 1e-3.
@@ -8,13 +8,18 @@
 use candle_core::Tensor;
 use segdistill_ops::{BatchNormConfig, Mode, Scope, relu};
 
-use super::{Encoder, EncoderOptions, EncoderOutput, EncoderPlan, EncoderTaps, EncoderTrace, Normalisation};
+use super::{Collector, Encoder, EncoderOptions, EncoderOutput, EncoderPlan, EncoderTrace, Normalisation, Wanted};
 use crate::error::Result;
 use crate::layers::{ConvBn, ConvBnRelu, ConvShape, SeparableConv, SeparableShape};
 use crate::spec::{Tap, scaled};
 
 const NORM: BatchNormConfig = BatchNormConfig { eps: 1e-3, momentum: 0.1 };
-/// Block that holds the fine map: the second entry block, before its strided third convolution.
+/// Maps it hands out, shallow to deep. All but `low` end a published stage: `entry1` to `entry3` and `exit1` are what the
+/// second convolution of a strided block gives, after its ReLU; `exit2` is the last block's output. `low` is `entry2`
+/// before the ReLU.
+const NAMES: [&str; 6] = ["entry1", "low", "entry2", "entry3", "exit1", "exit2"];
+/// Place of the fine map among the taps, and the block that holds it.
+const LOW: usize = 1;
 const LOW_BLOCK: usize = 1;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,6 +64,13 @@ pub struct XceptionPlan {
 }
 
 impl XceptionPlan {
+    /// Xception-41: eight middle blocks.
+    ///
+    /// Strides, shapes and source as [`XceptionPlan::xception65`].
+    pub fn xception41(options: EncoderOptions) -> Self {
+        Self::new(8, options)
+    }
+
     /// Xception-65: sixteen middle blocks.
     ///
     /// A block that would step beyond the output stride keeps stride 1; the blocks after it are dilated by what was
@@ -66,14 +78,19 @@ impl XceptionPlan {
     /// the last.
     ///
     /// # Shapes
-    /// Images `[n, 3, h, w]` to `low` `[n, 256, ceil(h / 4), ceil(w / 4)]` and `high`
-    /// `[n, 2048, ceil(h / s), ceil(w / s)]` at output stride `s`, channels times the width multiplier
+    /// Images `[n, 3, h, w]` to `entry1` of 128 channels at stride 2, `low` and `entry2` of 256 at 4, `entry3` of 728 at
+    /// 8, `exit1` of 1024 at 16 and `exit2` of 2048 at 32, the output stride at most; sizes rounded up, channels times
+    /// the width multiplier
     /// # Source
-    /// Chen et al. 2018 (DeepLabv3+), figure 4; timm's `xception65`. DIFFERENCE: `low` is taken before the ReLU where
-    /// timm's tap lies after it, as DeepLab's own code does; no global pooling and no classifier.
+    /// Chen et al. 2018 (DeepLabv3+), figure 4; timm's `xception65` and its taps. DIFFERENCE: `low` is taken before the
+    /// ReLU where timm's tap (`entry2`) lies after it, as DeepLab's own code does; no global pooling and no classifier.
     pub fn xception65(options: EncoderOptions) -> Self {
+        Self::new(16, options)
+    }
+
+    fn new(n_middle: usize, options: EncoderOptions) -> Self {
         let entry = [([128; 3], 2), ([256; 3], 2), ([728; 3], 2)];
-        let middle = [([728; 3], 1); 16];
+        let middle = std::iter::repeat_n(([728; 3], 1), n_middle);
         let exit = [([728, 1024, 1024], 2), ([1536, 1536, 2048], 1)];
         let published: Vec<([usize; 3], usize)> = entry.into_iter().chain(middle).chain(exit).collect();
 
@@ -102,19 +119,29 @@ impl XceptionPlan {
         }
         Self { output_stride: options.output_stride, stem, blocks }
     }
+
+    /// Blocks whose second convolution gives a tap: `entry1`, `entry2`, `entry3` and `exit1`.
+    fn tapped_blocks(&self) -> [usize; 4] {
+        [0, LOW_BLOCK, 2, self.blocks.len() - 2]
+    }
 }
 
 impl EncoderPlan for XceptionPlan {
-    fn taps(&self) -> EncoderTaps {
-        let out = |block: &BlockShape, k: usize| block.convs[k].pointwise.n_out;
-        EncoderTaps {
-            low: Tap { name: "low", channels: out(&self.blocks[LOW_BLOCK], 1), stride: 4 },
-            high: Tap {
-                name: "high",
-                channels: out(&self.blocks[self.blocks.len() - 1], 2),
-                stride: self.output_stride,
-            },
-        }
+    fn taps(&self) -> Vec<Tap> {
+        let out = |block: usize, k: usize| self.blocks[block].convs[k].pointwise.n_out;
+        let [entry1, entry2, entry3, exit1] = self.tapped_blocks().map(|block| out(block, 1));
+        let channels = [entry1, entry2, entry2, entry3, exit1, out(self.blocks.len() - 1, 2)];
+        let strides = [2, 4, 4, 8, 16, 32].map(|stride: usize| stride.min(self.output_stride));
+        let tap = |i: usize| Tap { name: NAMES[i], channels: channels[i], stride: strides[i] };
+        (0..NAMES.len()).map(tap).collect()
+    }
+
+    fn stages(&self) -> Vec<usize> {
+        (0..NAMES.len()).filter(|&i| i != LOW).collect()
+    }
+
+    fn low_level(&self) -> usize {
+        LOW
     }
 
     fn normalisation(&self) -> Normalisation {
@@ -141,17 +168,21 @@ impl EncoderPlan for XceptionPlan {
             macs += more;
             hw = out;
         }
-        let mut low_hw = hw;
+        let mut sizes = Vec::with_capacity(NAMES.len());
         for (i, block) in self.blocks.iter().enumerate() {
+            // Only a block's third convolution is strided.
+            if self.tapped_blocks().contains(&i) {
+                sizes.push(hw);
+            }
             if i == LOW_BLOCK {
-                // Only the block's third convolution is strided.
-                low_hw = hw;
+                sizes.push(hw);
             }
             let (more, out) = block.macs(hw)?;
             macs += more;
             hw = out;
         }
-        Ok(EncoderTrace { macs, low_hw, high_hw: hw })
+        sizes.push(hw);
+        Ok(EncoderTrace { macs, sizes, ..EncoderTrace::default() })
     }
 
     fn build(&self, scope: &Scope) -> Result<Box<dyn Encoder>> {
@@ -163,7 +194,7 @@ impl EncoderPlan for XceptionPlan {
         let at = scope.pp("blocks");
         let block = |(i, shape)| Block::new(shape, &at.pp(i));
         let blocks = self.blocks.iter().enumerate().map(block).collect::<Result<Vec<_>>>()?;
-        Ok(Box::new(Xception { stem, blocks }))
+        Ok(Box::new(Xception { stem, blocks, tapped: self.tapped_blocks() }))
     }
 }
 
@@ -189,39 +220,50 @@ impl Block {
         Ok(Self { convs: [conv(0)?, conv(1)?, conv(2)?], shape: *shape, projection })
     }
 
-    /// The block's output and, if `tapped`, what its second convolution gave, before any ReLU.
-    fn forward(&self, x_nchw: &Tensor, tapped: bool, mode: Mode) -> Result<(Tensor, Option<Tensor>)> {
+    /// The block's output and what its second convolution gave, after the ReLU that follows it and, where `plain` asks
+    /// for it, before.
+    fn forward(&self, x_nchw: &Tensor, plain: bool, mode: Mode) -> Result<(Tensor, Tensor, Option<Tensor>)> {
         let [first, second, third] = &self.convs;
         if self.shape.skip == Skip::None {
             let mid = second.forward(&first.forward(x_nchw, mode)?, mode)?;
-            return Ok((third.forward(&mid, mode)?, tapped.then_some(mid)));
+            return Ok((third.forward(&mid, mode)?, mid, None));
         }
         // The ReLU before a convolution is formed at the end of the one before it, where nobody else looks between.
-        let mid = second.forward_act(&first.forward_act(&relu(x_nchw)?, None, true, mode)?, None, !tapped, mode)?;
-        let rectified = if tapped { relu(&mid)? } else { mid.clone() };
+        let mid = second.forward_act(&first.forward_act(&relu(x_nchw)?, None, true, mode)?, None, !plain, mode)?;
+        let rectified = if plain { relu(&mid)? } else { mid.clone() };
         let projected = self.projection.as_ref().map(|projection| projection.forward(x_nchw, mode)).transpose()?;
         let out = third.forward_act(&rectified, Some(projected.as_ref().unwrap_or(x_nchw)), false, mode)?;
-        Ok((out, tapped.then_some(mid)))
+        Ok((out, rectified, plain.then_some(mid)))
     }
 }
 
 struct Xception {
     stem: [ConvBnRelu; 2],
     blocks: Vec<Block>,
+    tapped: [usize; 4],
 }
 
 impl Encoder for Xception {
-    fn forward(&self, images_nchw: &Tensor, mode: Mode) -> Result<EncoderOutput> {
+    fn forward(&self, images_nchw: &Tensor, wanted: &Wanted, mode: Mode) -> Result<EncoderOutput> {
+        let mut maps = Collector::new(wanted);
         let mut x = self.stem[1].forward(&self.stem[0].forward(images_nchw, mode)?, mode)?;
-        let mut low_nchw = x.clone();
+        let mut tap = 0;
         for (i, block) in self.blocks.iter().enumerate() {
-            let (out, second) = block.forward(&x, i == LOW_BLOCK, mode)?;
-            if let Some(second) = second {
-                // As DeepLab's `entry_flow/block2/.../separable_conv2_pointwise`; timm's tap lies one ReLU later.
-                low_nchw = second;
+            // As DeepLab's `entry_flow/block2/.../separable_conv2_pointwise`; timm's tap lies one ReLU later.
+            let (out, rectified, low) = block.forward(&x, i == LOW_BLOCK && maps.wants(LOW), mode)?;
+            if i == LOW_BLOCK {
+                if let Some(low) = low {
+                    maps.offer(LOW, &low);
+                }
+                tap += 1;
+            }
+            if self.tapped.contains(&i) {
+                maps.offer(tap, &rectified);
+                tap += 1;
             }
             x = out;
         }
-        Ok(EncoderOutput { low_nchw, high_nchw: x })
+        maps.offer(tap, &x);
+        Ok(maps.finish())
     }
 }

@@ -152,6 +152,16 @@ impl Conv2d {
         Ok(self.fused.get_or_init(new).forward(x_nchw, residual_nchw, relu)?)
     }
 
+    /// Its weight.
+    pub(super) fn weight(&self) -> &Tensor {
+        &self.weight
+    }
+
+    /// The same convolution, which has no bias, with another weight.
+    pub(super) fn over(&self, weight: Tensor) -> Self {
+        Self { weight, bias: None, config: self.config, fused: OnceLock::new() }
+    }
+
     /// The convolution that gives `scale * conv(x) + shift`, formed in f64, in the weights' type.
     ///
     /// `scale_c` and `shift_c`: `[n_out]`, f64.

@@ -1,10 +1,10 @@
 //! Batch normalisation and the convolutions it follows.
 
 use candle_core::{DType, Tensor};
-use segdistill_ops::{BatchNormConfig, Init, Mode, OpsError, ParamKind, Scope, batch_norm_act};
+use segdistill_ops::{BatchNormConfig, Init, Mode, OpsError, ParamKind, Scope, batch_norm_act, relu, relu6};
 
 use super::conv::{Conv2d, ConvShape};
-use crate::error::Result;
+use crate::error::{ModelError, Result};
 
 /// Batch normalisation; parameters `weight` and `bias`, buffers `running_mean` and `running_var`.
 ///
@@ -61,6 +61,19 @@ impl BatchNorm2d {
         Ok(batch_norm_act(x_nchw, &self.gamma_c, &self.beta_c, mean, var, residual_nchw, relu, self.config, mode)?)
     }
 
+    /// Scale and shift.
+    pub(super) fn scale_and_shift(&self) -> [&Tensor; 2] {
+        [&self.gamma_c, &self.beta_c]
+    }
+
+    /// The same with another scale and shift; with `still` nothing it does in training moves its running statistics.
+    pub(super) fn over(&self, gamma_c: Tensor, beta_c: Tensor, still: bool) -> Result<Self> {
+        // In training the statistics are only written.
+        let statistics = |t: &Tensor| if still { t.copy() } else { Ok(t.clone()) };
+        let (running_mean_c, running_var_c) = (statistics(&self.running_mean_c)?, statistics(&self.running_var_c)?);
+        Ok(Self { gamma_c, beta_c, running_mean_c, running_var_c, config: self.config })
+    }
+
     /// `(scale, shift)` of `y = x * scale + shift`, which this is in evaluation: `scale = weight / sqrt(var + eps)`,
     /// `shift = bias - mean * scale`; `[c]` each, f64.
     fn affine(&self) -> Result<(Tensor, Tensor)> {
@@ -92,13 +105,37 @@ impl ConvBn {
     /// # Errors
     /// `Ops(Config)` when the names are taken.
     pub fn new(shape: ConvShape, config: BatchNormConfig, conv: &Scope, bn: &Scope) -> Result<Self> {
-        let frozen = conv.is_frozen();
-        let (conv, bn) = (Conv2d::new(shape, conv)?, BatchNorm2d::new(shape.n_out, config, bn)?);
+        Self::of(Conv2d::new(shape, conv)?, shape.n_out, config, conv.is_frozen(), bn)
+    }
+
+    /// As [`ConvBn::new`], the convolution's weights from `init`.
+    ///
+    /// # Errors
+    /// `Ops(Config)` when the names are taken.
+    pub fn with_init(shape: ConvShape, init: Init, config: BatchNormConfig, conv: &Scope, bn: &Scope) -> Result<Self> {
+        Self::of(Conv2d::with_init(shape, init, conv)?, shape.n_out, config, conv.is_frozen(), bn)
+    }
+
+    fn of(conv: Conv2d, channels: usize, config: BatchNormConfig, frozen: bool, bn: &Scope) -> Result<Self> {
+        let bn = BatchNorm2d::new(channels, config, bn)?;
         if !frozen {
             return Ok(Self(Form::Trained { conv, bn }));
         }
         let (scale_c, shift_c) = bn.affine()?;
         Ok(Self(Form::Folded(conv.scaled(&scale_c, &shift_c)?)))
+    }
+
+    /// The two layers; `None` over a frozen store, where they are one.
+    pub(super) fn parts(&self) -> Option<(&Conv2d, &BatchNorm2d)> {
+        match &self.0 {
+            Form::Trained { conv, bn } => Some((conv, bn)),
+            Form::Folded(_) => None,
+        }
+    }
+
+    /// As if it had been built over a store that can be trained.
+    pub(super) fn of_parts(conv: Conv2d, bn: BatchNorm2d) -> Self {
+        Self(Form::Trained { conv, bn })
     }
 
     /// `BN(conv(x))`.
@@ -137,11 +174,7 @@ impl ConvBn {
         match &self.0 {
             Form::Trained { conv, bn } => bn.forward_act(&conv.forward(x_nchw)?, residual_nchw, relu, mode),
             Form::Folded(conv) if !mode.is_train() => conv.infer(x_nchw, residual_nchw, relu),
-            Form::Folded(_) => Err(OpsError::config(
-                "a network over a frozen store cannot train: its normalisations are folded into the convolutions",
-                "run it in Mode::Eval, or build it over ParamStore::trainable and load the weights",
-            )
-            .into()),
+            Form::Folded(_) => Err(cannot_train()),
         }
     }
 
@@ -177,4 +210,125 @@ impl ConvBnRelu {
     pub fn forward(&self, x_nchw: &Tensor, mode: Mode) -> Result<Tensor> {
         self.0.forward_act(x_nchw, None, true, mode)
     }
+}
+
+/// Convolution, batch normalisation, ReLU6.
+#[derive(Clone, Debug)]
+pub struct ConvBnRelu6(ConvBn);
+
+impl ConvBnRelu6 {
+    /// Builds convolution and normalisation in their scopes.
+    ///
+    /// # Errors
+    /// `Ops(Config)` when the names are taken.
+    pub fn new(shape: ConvShape, config: BatchNormConfig, conv: &Scope, bn: &Scope) -> Result<Self> {
+        Ok(Self(ConvBn::new(shape, config, conv, bn)?))
+    }
+
+    /// `min(max(BN(conv(x)), 0), 6)`.
+    ///
+    /// # Shapes
+    /// `[n, n_in, h, w]` to `[n, n_out, h', w']`, sizes as [`ConvShape::output_hw`]
+    /// # Gradient
+    /// Reaches the input and the parameters of both, 0 where the output is 0 or 6.
+    /// # Errors
+    /// As [`ConvBn::forward`].
+    /// # Source
+    /// Sandler et al. 2018 (MobileNetV2), section 3; else as [`ConvBn::forward`].
+    pub fn forward(&self, x_nchw: &Tensor, mode: Mode) -> Result<Tensor> {
+        Ok(relu6(&self.0.forward(x_nchw, mode)?)?)
+    }
+}
+
+/// Batch normalisation and ReLU before a convolution, where there is none behind to fold into.
+///
+/// Over a frozen store it stays an operation of its own, and only evaluates.
+#[derive(Clone, Debug)]
+pub struct BnRelu {
+    bn: BatchNorm2d,
+    frozen: bool,
+}
+
+impl BnRelu {
+    /// Builds it in `scope`, as [`BatchNorm2d::new`].
+    ///
+    /// # Errors
+    /// `Ops(Config)` when the names are taken.
+    pub fn new(channels: usize, config: BatchNormConfig, scope: &Scope) -> Result<Self> {
+        Ok(Self { bn: BatchNorm2d::new(channels, config, scope)?, frozen: scope.is_frozen() })
+    }
+
+    pub(super) fn bn(&self) -> &BatchNorm2d {
+        &self.bn
+    }
+
+    /// As if it had been built over a store that can be trained.
+    pub(super) fn of_bn(bn: BatchNorm2d) -> Self {
+        Self { bn, frozen: false }
+    }
+
+    /// `max(BN(x), 0)`.
+    ///
+    /// # Shapes
+    /// `[n, c, h, w]` to the same
+    /// # Gradient
+    /// Reaches input, scale and shift, 0 where the output is 0.
+    /// # Errors
+    /// As [`BatchNorm2d::forward`]; `Ops(Config)` for training over a frozen store.
+    /// # Source
+    /// He et al. 2016 (Identity mappings), the order of DenseNet.
+    pub fn forward(&self, x_nchw: &Tensor, mode: Mode) -> Result<Tensor> {
+        if self.frozen && mode.is_train() {
+            return Err(cannot_train());
+        }
+        self.bn.forward_act(x_nchw, None, true, mode)
+    }
+
+    /// Trained elements.
+    pub fn n_parameters(channels: usize) -> usize {
+        2 * channels
+    }
+}
+
+/// Convolution and ReLU without a normalisation; over a frozen store one operation, which only evaluates.
+#[derive(Clone, Debug)]
+pub struct ConvRelu {
+    conv: Conv2d,
+    frozen: bool,
+}
+
+impl ConvRelu {
+    /// Builds it in `scope`: Kaiming's normal distribution (fan-out), bias 0.
+    ///
+    /// # Errors
+    /// `Ops(Config)` when the names are taken.
+    pub fn new(shape: ConvShape, scope: &Scope) -> Result<Self> {
+        Ok(Self { conv: Conv2d::new(shape, scope)?, frozen: scope.is_frozen() })
+    }
+
+    /// `max(conv(x), 0)`.
+    ///
+    /// # Shapes
+    /// `[n, n_in, h, w]` to `[n, n_out, h', w']`, sizes as [`ConvShape::output_hw`]
+    /// # Gradient
+    /// Reaches input, weight and bias, 0 where the output is 0. Over a frozen store there is none.
+    /// # Errors
+    /// As [`Conv2d::forward`]; `Ops(Config)` for training over a frozen store.
+    /// # Source
+    /// Simonyan and Zisserman 2015, section 2.1.
+    pub fn forward(&self, x_nchw: &Tensor, mode: Mode) -> Result<Tensor> {
+        match self.frozen {
+            false => Ok(relu(&self.conv.forward(x_nchw)?)?),
+            true if !mode.is_train() => self.conv.infer(x_nchw, None, true),
+            true => Err(cannot_train()),
+        }
+    }
+}
+
+fn cannot_train() -> ModelError {
+    OpsError::config(
+        "a network over a frozen store cannot train: its normalisations are folded into the convolutions",
+        "run it in Mode::Eval, or build it over ParamStore::trainable and load the weights",
+    )
+    .into()
 }

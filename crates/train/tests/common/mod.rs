@@ -2,10 +2,11 @@
 
 #![allow(dead_code)]
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use candle_core::Device;
+use candle_core::{Device, Tensor};
 use segdistill_data::{Dataset, Split, StreetScenes, StreetScenesConfig};
 use segdistill_models::ModelSpec;
 use segdistill_train::{
@@ -20,18 +21,14 @@ pub(crate) fn scenes(split: Split) -> Arc<dyn Dataset> {
     Arc::new(StreetScenes::new(cfg, split).expect("drawn scenes"))
 }
 
+pub(crate) fn term(loss: TermKind, weight: f64) -> TermConfig {
+    TermConfig { loss, weight, schedule: ScheduleConfig::Constant }
+}
+
 pub(crate) fn stage(terms: &[(TermKind, f64)]) -> Stage {
     Stage {
         method: "ce".into(),
-        model: ModelSpec {
-            name: "deeplabv3plus".into(),
-            encoder: "resnet18".into(),
-            n_classes: 11,
-            width: 0.125,
-            output_stride: 16,
-            dropout: 0.1,
-            decoder_channels: 64,
-        },
+        model: ModelSpec { width: 0.125, decoder_channels: 64, ..ModelSpec::deeplabv3plus("resnet18", 11) },
         seed: 3,
         steps: 6,
         batch_size: 2,
@@ -45,10 +42,7 @@ pub(crate) fn stage(terms: &[(TermKind, f64)]) -> Stage {
             warmup_steps: 2,
             clip_norm: 0.0,
         },
-        terms: terms
-            .iter()
-            .map(|&(loss, weight)| TermConfig { loss, weight, schedule: ScheduleConfig::Constant })
-            .collect(),
+        terms: terms.iter().map(|&(loss, weight)| term(loss, weight)).collect(),
         input: InputConfig { size: HW, crop: HW, scale: [0.75, 1.5], flip: 0.5, jitter: 0.2, workers: 2 },
         class_weighting: ClassWeighting::SqrtMedianFrequency,
         eval_every: 3,
@@ -59,12 +53,18 @@ pub(crate) fn stage(terms: &[(TermKind, f64)]) -> Stage {
 pub(crate) struct World {
     pub(crate) train: Arc<dyn Dataset>,
     pub(crate) val: Arc<dyn Dataset>,
+    pub(crate) start: BTreeMap<String, Tensor>,
     pub(crate) stop: AtomicBool,
 }
 
 impl World {
     pub(crate) fn new() -> Self {
-        Self { train: scenes(Split::Train), val: scenes(Split::Val), stop: AtomicBool::new(false) }
+        Self {
+            train: scenes(Split::Train),
+            val: scenes(Split::Val),
+            start: BTreeMap::new(),
+            stop: AtomicBool::new(false),
+        }
     }
 
     pub(crate) fn data(&self) -> StageData<'_> {
@@ -72,6 +72,7 @@ impl World {
             train: Arc::clone(&self.train),
             val: self.val.as_ref(),
             teacher: None,
+            start: &self.start,
             device: &Device::Cpu,
             stop: &self.stop,
         }

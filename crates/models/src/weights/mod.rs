@@ -1,6 +1,11 @@
-//! Weight files: plain `.safetensors`, names as the model has them.
+//! Weight files: our own, those of other libraries, and the names each has for the same tensors.
 //!
-//! No renaming here, and no atomic replacement: checkpoints belong to training.
+//! Our own are plain `.safetensors` with names as the model has them ([`read`], [`save`]). Others are opened by
+//! [`WeightFile`] (`.safetensors` and PyTorch checkpoints, nothing executed), turned into our names by [`import`] with a
+//! table of the library's, and back by [`export`]. Everything fits or nothing is taken: a file that lacks a tensor, has one
+//! too many or one of another shape is refused with every difference.
+//!
+//! No atomic replacement here: checkpoints belong to training, downloads to the program.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -8,6 +13,29 @@ use std::path::Path;
 use candle_core::{Device, Tensor};
 
 use crate::error::{ModelError, Result};
+
+mod dtype;
+mod export;
+mod file;
+mod header;
+mod import;
+mod layout;
+mod misfit;
+mod names;
+mod pickle;
+mod pth;
+mod structure;
+#[cfg(test)]
+mod tests;
+
+pub use dtype::FileType;
+pub use export::{Exported, export};
+pub use file::{FileFormat, FileTensor, WeightFile};
+pub use import::{
+    ImportOptions, Imported, LeftOut, encoder_options, import, import_check, import_encoder, spec_of, tensor_names,
+};
+pub use layout::{Layout, layout, layout_names, layouts, our_name};
+pub use misfit::Misfit;
 
 /// Every tensor of a `.safetensors` file, by name.
 ///
