@@ -42,6 +42,9 @@ pub(crate) enum Command {
     /// List and describe networks
     #[command(subcommand)]
     Models(Models),
+    /// List, fetch, inspect, import, export and verify weights
+    #[command(subcommand)]
+    Weights(crate::commands::weights::Weights),
     /// Time every operation and whole steps, beside PyTorch
     Bench(Bench),
     /// Check the repository's own rules: crate arrows, module docs, machine paths, file sizes
@@ -136,7 +139,7 @@ Examples:
   cargo xtask eval --model runs/camvid-quick/teacher --split val --data-root ../shared/camvid
   cargo xtask eval --predictions OUT --labels ../shared/camvid/valannot --dataset camvid --out report")]
 pub(crate) struct Eval {
-    /// Stage folder of a run, with final/model.safetensors
+    /// Stage folder of a run; folders that `weights import` wrote are scored by `weights verify`
     #[arg(long, value_name = "DIR", conflicts_with_all = ["predictions", "labels", "dataset"], required_unless_present = "predictions")]
     pub(crate) model: Option<PathBuf>,
     /// Split to evaluate (train, val, test); default: val. With --predictions only a name for the report
@@ -168,17 +171,23 @@ pub(crate) struct Eval {
 #[command(after_help = "\
 Examples:
   cargo xtask predict --model runs/toy/csc+ce/seed-0 --out predicted street.png
-  cargo xtask predict --model runs/camvid-quick/teacher --out predicted ../shared/camvid/val")]
+  cargo xtask predict --model runs/camvid-quick/teacher --out predicted ../shared/camvid/val
+  cargo xtask predict --model imported --tensor images.safetensors --save-logits logits.safetensors
+
+--tensor reads the tensor images_nchw, [n, 3, h, w], normalised already, and writes logits_nchw at the same size.")]
 pub(crate) struct Predict {
-    /// Stage folder of a run, with final/model.safetensors
+    /// Stage folder of a run, or a folder that `weights import` wrote
     #[arg(long, value_name = "DIR")]
     pub(crate) model: PathBuf,
     /// Images, or folders of images (PNG, JPEG)
-    #[arg(required = true, value_name = "IMAGE|DIR")]
+    #[arg(required_unless_present = "tensor", conflicts_with = "tensor", value_name = "IMAGE|DIR")]
     pub(crate) images: Vec<PathBuf>,
     /// Folder for NAME.png (label ids) and NAME_overlay.png
-    #[arg(long, value_name = "DIR")]
-    pub(crate) out: PathBuf,
+    #[arg(long, required_unless_present = "tensor", conflicts_with = "tensor", value_name = "DIR")]
+    pub(crate) out: Option<PathBuf>,
+    /// Normalised images as one tensor, in place of image files
+    #[arg(long, requires = "save_logits", value_name = "FILE.safetensors")]
+    pub(crate) tensor: Option<PathBuf>,
     /// Also write the logits at image resolution, one tensor an image
     #[arg(long, value_name = "FILE.safetensors")]
     pub(crate) save_logits: Option<PathBuf>,
@@ -317,15 +326,18 @@ pub(crate) struct Bench {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Models {
-    /// Every network with parameters and MACs
+    /// Published networks and every network on every encoder, with parameters and MACs
     #[command(after_help = "Example:\n  cargo xtask models list --json")]
     List {
-        /// Input size the MACs are counted at
-        #[arg(long, default_value = "512x512", value_name = "HxW")]
-        size: String,
-        /// Number of classes
-        #[arg(long, default_value_t = 19, value_name = "N")]
-        classes: usize,
+        /// Published networks alone
+        #[arg(long)]
+        published: bool,
+        /// Input size the MACs are counted at; default: each network's published size, else 512x512
+        #[arg(long, value_name = "HxW")]
+        size: Option<String>,
+        /// Number of classes; default: each network's published number, else 19
+        #[arg(long, value_name = "N")]
+        classes: Option<usize>,
         /// Print as JSON on stdout
         #[arg(long)]
         json: bool,
@@ -334,23 +346,39 @@ pub(crate) enum Models {
     #[command(
         after_help = "Example:\n  cargo xtask models describe deeplabv3plus-resnet34 --size 360x480 --classes 11"
     )]
-    Describe {
-        /// Network, as `models list` names it
-        name: String,
-        /// Input size
-        #[arg(long, default_value = "512x512", value_name = "HxW")]
-        size: String,
-        /// Number of classes
-        #[arg(long, default_value_t = 19, value_name = "N")]
-        classes: usize,
-        /// Width multiplier
-        #[arg(long, default_value_t = 1.0, value_name = "F")]
-        width: f64,
-        /// Output stride, 8 or 16
-        #[arg(long, default_value_t = 16, value_name = "N")]
-        output_stride: usize,
-        /// Print as JSON on stdout
-        #[arg(long)]
-        json: bool,
+    Describe(Describe),
+    /// Figures of docs/networks.md: block diagrams of networks and the parts they are made of, as SVG
+    #[command(after_help = "Example:\n  cargo xtask models draw --out docs/images/networks")]
+    Draw {
+        /// Folder the figures go to
+        #[arg(long, default_value = "docs/images/networks", value_name = "DIR")]
+        out: std::path::PathBuf,
     },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Describe {
+    /// Network, as `models list` names it, or NETWORK-ENCODER
+    pub(crate) name: String,
+    /// Input size; default: the published one, else 512x512
+    #[arg(long, value_name = "HxW")]
+    pub(crate) size: Option<String>,
+    /// Number of classes; default: the published number, else 19
+    #[arg(long, value_name = "N")]
+    pub(crate) classes: Option<usize>,
+    /// Width multiplier
+    #[arg(long, value_name = "F")]
+    pub(crate) width: Option<f64>,
+    /// Output stride, 8 or 16
+    #[arg(long, value_name = "N")]
+    pub(crate) output_stride: Option<usize>,
+    /// Layout, such as paper or smp
+    #[arg(long, value_name = "NAME")]
+    pub(crate) layout: Option<String>,
+    /// With the auxiliary head
+    #[arg(long)]
+    pub(crate) aux: bool,
+    /// Print as JSON on stdout
+    #[arg(long)]
+    pub(crate) json: bool,
 }

@@ -5,6 +5,7 @@
 mod cli;
 mod commands;
 mod exit;
+mod hub;
 mod pipeline;
 mod progress;
 mod recipe;
@@ -22,7 +23,12 @@ use cli::{Cli, Command};
 static ALLOCATOR: Recycling<mimalloc::MiMalloc> = Recycling::new(mimalloc::MiMalloc);
 
 fn main() -> ExitCode {
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).format_timestamp(None).init();
+    let level = env_logger::Env::default().default_filter_or("warn");
+    let logger = env_logger::Builder::from_env(level).format_timestamp(None).build();
+    log::set_max_level(logger.filter());
+    log::set_boxed_logger(Box::new(hub::guard::Guard(logger)))
+        .expect("no logger was set before the first line of main");
+    end_quietly_on_a_closed_pipe();
     // Backward walks the graph recursively: deep networks need more than the main thread's default stack.
     let worker = std::thread::Builder::new().name("xtask".into()).stack_size(64 << 20).spawn(|| run(Cli::parse()));
     let outcome = match worker.map(std::thread::JoinHandle::join) {
@@ -39,6 +45,17 @@ fn main() -> ExitCode {
     }
 }
 
+/// `println!` panics when its reader has gone, as with `| head`: that is no defect, and the shell's code for it is 141.
+fn end_quietly_on_a_closed_pipe() {
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        if info.payload().downcast_ref::<String>().is_some_and(|text| text.starts_with("failed printing to stdout")) {
+            std::process::exit(141);
+        }
+        report(info);
+    }));
+}
+
 fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Reproduce(args) => commands::reproduce::run(&args),
@@ -48,6 +65,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Report(args) => commands::report::run(&args),
         Command::Data(args) => commands::data::run(&args),
         Command::Models(args) => commands::models::run(&args),
+        Command::Weights(args) => commands::weights::run(&args),
         Command::Bench(args) => commands::bench::run(&args),
         Command::Tidy => commands::tidy::run(),
         Command::Ci => commands::ci::run(),

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use candle_core::{DType, Device};
 
 use segdistill_data::preview::{write_label_png, write_png};
@@ -22,7 +22,7 @@ use segdistill_train::{Stage, StageData, TrainError, evaluate, run_stage};
 use crate::commands::{SPLITS, need_split, open_split};
 use crate::exit::coded;
 use crate::progress::{Progress, StageProgress, duration};
-use crate::recipe::Plan;
+use crate::recipe::{Fills, Plan, whole};
 use crate::run_folder::{
     FinalConfig, FinalModel, class_lists, is_finished, read_config, read_final, stage_dir, write_final,
 };
@@ -116,10 +116,14 @@ impl Pipeline<'_> {
     fn train(&self, stage: &Stage, dir: &Path, teacher: Option<&FinalModel>) -> Result<()> {
         let train = need_split(&self.plan.data, Split::Train)?;
         let val = need_split(&self.plan.data, Split::Val)?;
+        let start = self.plan.start_of(stage);
+        let start =
+            start.map(|s| s.load(&stage.model, stage.seed, &self.plan.weights_lock)).transpose()?.unwrap_or_default();
         let data = StageData {
             train: Arc::clone(&train),
             val: val.as_ref(),
             teacher: teacher.map(|t| (&t.network, t.config.sha256.as_str())),
+            start: &start,
             device: &self.device,
             stop: &self.interrupt.flag,
         };
@@ -133,25 +137,36 @@ impl Pipeline<'_> {
             outcome.best.0,
             duration(outcome.seconds)
         );
-        let origin = "trained from scratch".to_string();
-        let mut config = self.config(stage, val.as_ref(), outcome.best, origin)?;
+        let origin = self.plan.start_of(stage).map_or("trained from scratch".to_string(), |start| {
+            let what = if start.fills == Fills::Encoder { "encoder" } else { "weights" };
+            format!("trained from {what} `{}`", start.from)
+        });
+        let best = (outcome.best.0, Some(outcome.best.1));
+        let mut config = self.config(stage, val.as_ref(), best, origin)?;
         write_final(dir, &mut config, &outcome.weights)
     }
 
     /// A teacher whose weights are a file: all of it fits, or the run stops with every difference.
     fn take_weights(&self, stage: &Stage, dir: &Path, path: &Path) -> Result<()> {
-        let tensors = segdistill_ops::params::read_safetensors(path, &self.device)?;
-        let network = Frozen::new(&stage.model, tensors.clone(), DType::F32, &self.device).with_context(|| {
-            format!("teacher weights `{}` do not fit {} on {}", path.display(), stage.model.name, stage.model.encoder)
-        })?;
+        let (tensors, from) = whole(&path.to_string_lossy(), &stage.model, None, &self.plan.weights_lock)?;
+        let network = Frozen::new(&stage.model, tensors.clone(), DType::F32, &self.device)?;
         let val = need_split(&self.plan.data, Split::Val)?;
-        let scores = self.scores(&network, stage.input.size, val.as_ref(), "teacher on val")?;
-        let origin = format!("`{}`, sha256 {}", path.display(), sha256_hex(&fs_err::read(path)?));
-        let mut config = self.config(stage, val.as_ref(), (0, scores.miou), origin)?;
-        write_final(dir, &mut config, &tensors)
+        let layout = from.layout.map_or(String::new(), |layout| format!(" of layout {layout}"));
+        let origin = format!("`{}`{layout}, sha256 {}", path.display(), sha256_hex(&fs_err::read(&from.path)?));
+        let config = self.config(stage, val.as_ref(), (0, None), origin)?;
+        let mut model = FinalModel { config: FinalConfig { align_corners: from.align_corners, ..config }, network };
+        let scores = self.scores(&model, val.as_ref(), "teacher on val")?;
+        model.config.val_miou = Some(scores.miou);
+        write_final(dir, &mut model.config, &tensors)
     }
 
-    fn config(&self, stage: &Stage, val: &dyn Dataset, best: (u64, f64), origin: String) -> Result<FinalConfig> {
+    fn config(
+        &self,
+        stage: &Stage,
+        val: &dyn Dataset,
+        best: (u64, Option<f64>),
+        origin: String,
+    ) -> Result<FinalConfig> {
         let (classes, palette) = class_lists(val.classes());
         let params = segdistill_models::info(&stage.model)?.n_parameters;
         Ok(FinalConfig {
@@ -167,15 +182,17 @@ impl Pipeline<'_> {
             macs: macs(&stage.model, stage.input.size)?,
             best_step: best.0,
             val_miou: best.1,
+            stated_miou: None,
+            align_corners: false,
             origin,
             sha256: String::new(),
         })
     }
 
-    fn scores(&self, network: &Frozen, input_hw: [usize; 2], dataset: &dyn Dataset, label: &str) -> Result<Scores> {
+    fn scores(&self, model: &FinalModel, dataset: &dyn Dataset, label: &str) -> Result<Scores> {
         let mut progress = Progress::new(label, dataset.len() as u64, "images");
-        let logits = |images: &candle_core::Tensor| Ok(network.forward(images)?.logits_nchw);
-        let done = evaluate(&logits, dataset, input_hw, &self.device, &mut |image| {
+        let logits = |images: &candle_core::Tensor| model.logits(images);
+        let done = evaluate(&logits, dataset, model.config.input_size, &self.device, &mut |image| {
             progress.set(image.index as u64 + 1, String::new);
             self.interrupt.check()
         });
@@ -221,7 +238,7 @@ pub(crate) fn evaluate_into(
     check: &dyn Fn() -> segdistill_train::Result<()>,
 ) -> Result<Summary> {
     let mut progress = Progress::new(label, dataset.len() as u64, "images");
-    let logits = |images: &candle_core::Tensor| Ok(model.network.forward(images)?.logits_nchw);
+    let logits = |images: &candle_core::Tensor| model.logits(images);
     let mut label_hw = [0, 0];
     let done = evaluate(&logits, dataset, model.config.input_size, device, &mut |image| {
         progress.set(image.index as u64 + 1, String::new);

@@ -50,8 +50,15 @@ pub(crate) struct FinalConfig {
     pub(crate) macs: u64,
     /// Step of these weights, chosen on val.
     pub(crate) best_step: u64,
-    /// mIoU on val at that step.
-    pub(crate) val_miou: f64,
+    /// mIoU on val at that step; `None` for weights from elsewhere that were not measured here.
+    pub(crate) val_miou: Option<f64>,
+    /// mIoU on val as whoever published the weights states it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) stated_miou: Option<f64>,
+    /// Whether logits are brought to the image's size with corners aligned, as the library does that the weights come
+    /// from; else by pixel centres, as training and evaluation do here.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) align_corners: bool,
     /// Where the weights come from.
     pub(crate) origin: String,
     /// sha256 of model.safetensors.
@@ -64,6 +71,26 @@ pub(crate) struct FinalModel {
     pub(crate) config: FinalConfig,
     /// The network, frozen.
     pub(crate) network: Frozen,
+}
+
+impl FinalModel {
+    /// Logits of images in [0, 1]: on the network's own grid, or at the images' size where corners are aligned.
+    pub(crate) fn logits(&self, images_nchw: &Tensor) -> segdistill_train::Result<Tensor> {
+        self.enlarged(self.network.forward(images_nchw)?.logits_nchw, images_nchw)
+    }
+
+    /// As [`FinalModel::logits`] for images that are normalised already.
+    pub(crate) fn logits_of_normalised(&self, images_nchw: &Tensor) -> segdistill_train::Result<Tensor> {
+        self.enlarged(self.network.forward_normalised(images_nchw)?.logits_nchw, images_nchw)
+    }
+
+    fn enlarged(&self, logits_nchw: Tensor, images_nchw: &Tensor) -> segdistill_train::Result<Tensor> {
+        if !self.config.align_corners {
+            return Ok(logits_nchw);
+        }
+        let (_, _, h, w) = images_nchw.dims4()?;
+        Ok(segdistill_ops::resize_bilinear(&logits_nchw, [h, w], true)?)
+    }
 }
 
 impl RunFolder {
@@ -231,8 +258,12 @@ fn environment(plan: &Plan) -> serde_json::Value {
 
 /// Writes `final/` of a stage: weights, config.json, model card; config.json last, so that it marks a finished stage.
 pub(crate) fn write_final(dir: &Path, config: &mut FinalConfig, weights: &BTreeMap<String, Tensor>) -> Result<()> {
-    let place = dir.join("final");
-    fs_err::create_dir_all(&place)?;
+    write_model(&dir.join("final"), config, weights)
+}
+
+/// Writes a model folder: weights, model card, and config.json last.
+pub(crate) fn write_model(place: &Path, config: &mut FinalConfig, weights: &BTreeMap<String, Tensor>) -> Result<()> {
+    fs_err::create_dir_all(place)?;
     let bytes = to_safetensors(weights)?;
     config.sha256 = sha256_hex(&bytes);
     write_atomic(&place.join("model.safetensors"), &bytes)?;
@@ -246,27 +277,37 @@ pub(crate) fn is_finished(dir: &Path) -> bool {
     dir.join("final/config.json").is_file()
 }
 
-/// `final/config.json` of the stage in `dir`.
+/// The folder that holds the weights of `dir`: its `final/` if it is a stage, itself if it is a model folder.
+pub(crate) fn model_place(dir: &Path) -> PathBuf {
+    let of_stage = dir.join("final");
+    if !of_stage.join("config.json").is_file() && dir.join("config.json").is_file() {
+        dir.to_path_buf()
+    } else {
+        of_stage
+    }
+}
+
+/// `config.json` of the stage or model folder `dir`.
 pub(crate) fn read_config(dir: &Path) -> Result<FinalConfig> {
-    let path = dir.join("final/config.json");
+    let path = model_place(dir).join("config.json");
     let bytes = fs_err::read(&path).map_err(|e| {
         let hint = anyhow::anyhow!(
-            "{e}\n  hint: name the folder of a finished stage, such as runs/toy/teacher or runs/toy/ce/seed-0"
+            "{e}\n  hint: name the folder of a finished stage, such as runs/toy/teacher or runs/toy/ce/seed-0, or one that `weights import` wrote"
         );
         coded(UNAVAILABLE, hint)
     })?;
     serde_json::from_slice(&bytes).with_context(|| format!("`{}` is not the configuration of a model", path.display()))
 }
 
-/// The finished stage in `dir`, its weights verified.
+/// The finished stage or model folder `dir`, its weights verified.
 pub(crate) fn read_final(dir: &Path, device: &Device) -> Result<FinalModel> {
     let config = read_config(dir)?;
-    let path = dir.join("final/model.safetensors");
+    let path = model_place(dir).join("model.safetensors");
     let bytes = fs_err::read(&path).map_err(|e| coded(UNAVAILABLE, e))?;
     let found = sha256_hex(&bytes);
     if found != config.sha256 {
         anyhow::bail!(
-            "`{}` has sha256 {found}, expected {}\n  hint: the file was changed or cut; train the stage again",
+            "`{}` has sha256 {found}, expected {}\n  hint: the file was changed or cut; train the stage or import the weights again",
             path.display(),
             config.sha256
         );
@@ -292,24 +333,33 @@ pub(crate) fn class_table(config: &FinalConfig) -> ClassTable {
     }
 }
 
-fn model_card(c: &FinalConfig) -> String {
+/// The model card of a folder.
+pub(crate) fn model_card(c: &FinalConfig) -> String {
     let m = &c.model;
+    let trained = match c.role.as_str() {
+        "imported" => "A network for semantic segmentation, imported by segdistill.".to_string(),
+        role => format!("A {role} for semantic segmentation, trained by segdistill."),
+    };
+    let miou = match (c.val_miou, c.stated_miou) {
+        (Some(miou), _) => format!("{miou:.4} at step {} (whole images, label resolution, single scale)", c.best_step),
+        (None, Some(miou)) => format!("{miou:.4} as stated by whoever published the weights; not measured here"),
+        (None, None) => "not measured".to_string(),
+    };
     format!(
         "# {name} on {encoder}, {method}\n\n\
-         A {role} for semantic segmentation, trained by segdistill.\n\n\
+         {trained}\n\n\
          | | |\n|---|---|\n\
          | network | {name}, encoder {encoder}, width {width}, output stride {os} |\n\
          | data | {data}, {n} classes: {classes} |\n\
          | input | RGB in [0, 1] at {h}x{w}; the network normalises for itself |\n\
          | objective | {method}, seed {seed} |\n\
-         | weights | {origin}; step {step}, chosen on val |\n\
-         | val mIoU | {miou:.4} (whole images, label resolution, single scale) |\n\
+         | weights | {origin} |\n\
+         | val mIoU | {miou} |\n\
          | parameters | {params} |\n\
          | MACs | {macs} an image, convolutions only |\n",
         name = m.name,
         encoder = m.encoder,
         method = c.method,
-        role = c.role,
         width = m.width,
         os = m.output_stride,
         data = c.dataset,
@@ -319,8 +369,7 @@ fn model_card(c: &FinalConfig) -> String {
         w = c.input_size[1],
         seed = c.seed,
         origin = c.origin,
-        step = c.best_step,
-        miou = c.val_miou,
+        miou = miou,
         params = c.params,
         macs = c.macs,
     )

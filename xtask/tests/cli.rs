@@ -54,9 +54,20 @@ fn assert_refused(args: &[&str], code: i32, said: &[&str]) {
 fn help_names_every_command_with_examples() {
     let help = xtask_writing_nothing(&["--help"]);
     assert_eq!(help.code, 0);
-    for word in
-        ["reproduce", "train", "eval", "predict", "report", "data", "models", "bench", "tidy", "ci", "Examples:"]
-    {
+    for word in [
+        "reproduce",
+        "train",
+        "eval",
+        "predict",
+        "report",
+        "data",
+        "models",
+        "weights",
+        "bench",
+        "tidy",
+        "ci",
+        "Examples:",
+    ] {
         assert!(help.stdout.contains(word), "{word}");
     }
     let commands: [&[&str]; 11] = [

@@ -23,6 +23,7 @@ pub(crate) mod report;
 pub(crate) mod reproduce;
 pub(crate) mod tidy;
 pub(crate) mod train;
+pub(crate) mod weights;
 
 /// Splits in report order.
 pub(crate) const SPLITS: [Split; 3] = [Split::Train, Split::Val, Split::Test];

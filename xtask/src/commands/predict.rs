@@ -1,14 +1,16 @@
-//! `predict`: label images, overlays and logits for images or folders of images.
+//! `predict`: label images, overlays and logits for images or folders of images, or logits of a tensor of images.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
+use candle_core::{DType, Device, Tensor};
 
 use segdistill_data::LabelMap;
 use segdistill_data::preview::{overlay, read_image, write_label_png, write_png};
 use segdistill_eval::predict_labels;
 use segdistill_eval::table::write_atomic;
+use segdistill_models::weights::WeightFile;
 use segdistill_ops::resize_bilinear;
 use segdistill_train::checkpoint::to_safetensors;
 use segdistill_train::image_tensor;
@@ -88,11 +90,16 @@ const MOST_LOGITS: usize = 2 << 30;
 /// Runs the command.
 pub(crate) fn run(args: &Predict) -> Result<()> {
     let device = super::device(&super::device_name(&args.device), args.device.tf32)?;
+    let out = match (&args.tensor, &args.out) {
+        (Some(tensor), _) => return of_tensor(args, tensor, &device),
+        (None, Some(out)) => out,
+        (None, None) => return Err(usage!("no --out folder\n  hint: --out DIR takes label images and overlays")),
+    };
     let files = images(&args.images)?;
-    let jobs = jobs(&files, &args.out)?;
+    let jobs = jobs(&files, out)?;
     let model = read_final(&args.model, &device)?;
     let classes = class_table(&model.config);
-    fs_err::create_dir_all(&args.out)?;
+    fs_err::create_dir_all(out)?;
     let mut progress = Progress::new("predict", jobs.len() as u64, "images");
     let mut logits_by_name = BTreeMap::new();
     let mut held = 0;
@@ -100,7 +107,7 @@ pub(crate) fn run(args: &Predict) -> Result<()> {
     for (done, job) in jobs.iter().enumerate() {
         let image = read_image(job.image).map_err(|e| coded(DATA, e))?;
         let hw = [image.height, image.width];
-        let logits = model.network.forward(&image_tensor(&[&image], model.config.input_size, &device)?)?.logits_nchw;
+        let logits = model.logits(&image_tensor(&[&image], model.config.input_size, &device)?)?;
         let ids = predict_labels(&logits, hw)?.into_iter().next().unwrap_or_default();
         let labels = LabelMap { height: hw[0], width: hw[1], ids };
         write_label_png(&job.labels, &labels)?;
@@ -126,7 +133,68 @@ pub(crate) fn run(args: &Predict) -> Result<()> {
     if args.json {
         println!("{}", serde_json::to_string_pretty(&written)?);
     } else {
-        println!("{} images predicted into {}", written.len(), args.out.display());
+        println!("{} images predicted into {}", written.len(), out.display());
+    }
+    Ok(())
+}
+
+/// Name of the tensor that `--tensor` reads.
+const IMAGES: &str = "images_nchw";
+/// Name of the tensor that is written for it.
+const LOGITS: &str = "logits_nchw";
+
+/// Logits at the size of the images, for images that are normalised already.
+fn of_tensor(args: &Predict, path: &Path, device: &Device) -> Result<()> {
+    let Some(out) = &args.save_logits else {
+        return Err(usage!("--tensor without --save-logits\n  hint: name the file for the logits"));
+    };
+    let model = read_final(&args.model, device)?;
+    let mut file = WeightFile::open(path, None).map_err(|e| coded(UNAVAILABLE, e))?;
+    let found = file.tensors().get(IMAGES).cloned();
+    let [n, h, w] = match found.as_ref().map(|t| (t.shape.as_slice(), t.dtype.is_float())) {
+        Some((&[n, 3, h, w], true)) => [n, h, w],
+        Some((shape, _)) => {
+            let dtype = found.as_ref().map_or("", |t| t.dtype.name());
+            return Err(usage!(
+                "`{IMAGES}` in `{}` is {dtype} {shape:?}, expected floats [n, 3, h, w]",
+                path.display()
+            ));
+        }
+        None => {
+            return Err(usage!(
+                "`{}` holds no tensor `{IMAGES}`\n  hint: save normalised images [n, 3, h, w] under that name",
+                path.display()
+            ));
+        }
+    };
+    let bytes = [n, model.config.classes.len(), h, w, size_of::<f32>()].into_iter().try_fold(1, usize::checked_mul);
+    if bytes.is_none_or(|bytes| bytes > MOST_LOGITS) {
+        return Err(usage!(
+            "the logits of {n} images of {h}x{w} pass {} GiB\n  hint: predict fewer images at a time",
+            MOST_LOGITS >> 30
+        ));
+    }
+    let images = file.load(|name| name == IMAGES)?[IMAGES].to_dtype(DType::F32)?.to_device(device)?;
+    let mut progress = Progress::new("predict", n as u64, "images");
+    let mut logits = Vec::with_capacity(n);
+    for i in 0..n {
+        // One at a time, so that memory does not grow with their number.
+        let grid = model.logits_of_normalised(&images.narrow(0, i, 1)?.contiguous()?)?;
+        let (_, _, grid_h, grid_w) = grid.dims4()?;
+        logits.push(if [grid_h, grid_w] == [h, w] { grid } else { resize_bilinear(&grid, [h, w], false)? });
+        progress.set(i as u64 + 1, String::new);
+    }
+    progress.finish();
+    if logits.is_empty() {
+        return Err(usage!("`{IMAGES}` in `{}` holds no image", path.display()));
+    }
+    let logits = Tensor::cat(&logits, 0)?;
+    let shape = logits.dims().to_vec();
+    write_atomic(out, &to_safetensors(&BTreeMap::from([(LOGITS.to_string(), logits)]))?)?;
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&serde_json::json!({ "logits": out, "shape": shape }))?);
+    } else {
+        println!("{LOGITS} {shape:?} written to {}", out.display());
     }
     Ok(())
 }

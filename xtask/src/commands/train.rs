@@ -57,7 +57,8 @@ pub(crate) fn run(args: &Train) -> Result<()> {
         println!("{}", serde_json::to_string_pretty(&configs)?);
     } else {
         for (dir, c) in written.iter().zip(&configs) {
-            println!("{}  val mIoU {:.4} at step {}", dir.display(), c.val_miou, c.best_step);
+            let miou = c.val_miou.map_or("not measured".to_string(), |miou| format!("{miou:.4}"));
+            println!("{}  val mIoU {miou} at step {}", dir.display(), c.best_step);
         }
     }
     Ok(())

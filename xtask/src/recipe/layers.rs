@@ -6,11 +6,13 @@ use toml::{Table, Value};
 use crate::exit::{UNAVAILABLE, coded, usage};
 
 /// Recipes that come with the program.
-pub(super) const EMBEDDED: [(&str, &str); 4] = [
+pub(super) const EMBEDDED: [(&str, &str); 6] = [
     ("base", include_str!("../../recipes/base.toml")),
     ("toy", include_str!("../../recipes/toy.toml")),
     ("camvid", include_str!("../../recipes/camvid.toml")),
     ("camvid-quick", include_str!("../../recipes/camvid-quick.toml")),
+    ("cityscapes", include_str!("../../recipes/cityscapes.toml")),
+    ("cityscapes-segformer", include_str!("../../recipes/cityscapes-segformer.toml")),
 ];
 
 /// All layers merged.

@@ -5,6 +5,7 @@
 
 mod layers;
 mod plan;
+mod start;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -15,12 +16,15 @@ use toml::Value;
 
 use segdistill_models::ModelSpec;
 use segdistill_ops::Precision;
-use segdistill_train::{ClassWeighting, InputConfig, OptimConfig, PrecisionName, Stage, TermConfig};
+use segdistill_train::{
+    ClassWeighting, InputConfig, OptimConfig, PrecisionName, ScheduleConfig, Stage, TermConfig, TermKind,
+};
 
 use crate::cli::RecipeArgs;
-use crate::exit::{UNAVAILABLE, coded, usage};
+use crate::exit::usage;
 
 pub(crate) use plan::{DataPlan, Expect, Plan};
+pub(crate) use start::{Fills, Start, whole};
 
 /// A recipe as written, merged with what it extends.
 #[derive(Clone, Debug, Deserialize)]
@@ -57,19 +61,58 @@ struct DataKeys {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct ModelKeys {
+    model: String,
     name: String,
     encoder: String,
+    layout: String,
+    aux: bool,
     width: f64,
     output_stride: usize,
     dropout: f64,
     decoder_channels: usize,
+    weights: String,
+    encoder_weights: String,
+    new_classifier: bool,
+}
+
+impl ModelKeys {
+    /// The network asked for; `role` is the table the keys are in.
+    fn spec(&self, role: &str, written: &[String], n_classes: usize) -> Result<ModelSpec> {
+        let (name, encoder) = match self.model.as_str() {
+            "" => (self.name.clone(), self.encoder.clone()),
+            model => {
+                let parts = ["name", "encoder"].map(|key| format!("{role}.{key}"));
+                if let Some(key) = parts.iter().find(|key| written.contains(key)) {
+                    return Err(usage!(
+                        "`{role}.model` and `{key}` are both set\n  hint: `{role}.model` is network and encoder in one, such as fcn8s-vgg16; take one out"
+                    ));
+                }
+                let named = ModelSpec::named(model, n_classes).map_err(|e| usage!("{role}.model = `{model}`: {e}"))?;
+                (named.name, named.encoder)
+            }
+        };
+        Ok(ModelSpec {
+            name,
+            encoder,
+            n_classes,
+            width: self.width,
+            output_stride: self.output_stride,
+            dropout: self.dropout,
+            decoder_channels: self.decoder_channels,
+            layout: self.layout.clone(),
+            aux: self.aux,
+        })
+    }
 }
 
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct TeacherKeys {
+    model: String,
     name: String,
     encoder: String,
+    layout: String,
+    aux: bool,
     width: f64,
     output_stride: usize,
     dropout: f64,
@@ -78,6 +121,7 @@ struct TeacherKeys {
     steps: u64,
     lr: f64,
     weights: String,
+    encoder_weights: String,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -116,18 +160,15 @@ impl Recipe {
         Ok(Read { recipe, written: merged.written })
     }
 
-    fn stage(&self, method: &str, model: &ModelKeys, n_classes: usize, seed: u64, terms: Vec<TermConfig>) -> Stage {
+    /// The stage that trains `model`; with an auxiliary head its loss joins the objective unless a term names it.
+    fn stage(&self, method: &str, model: ModelSpec, seed: u64, mut terms: Vec<TermConfig>) -> Stage {
+        if model.aux && terms.iter().all(|term| term.loss != TermKind::Aux) {
+            let schedule = ScheduleConfig::Constant;
+            terms.push(TermConfig { loss: TermKind::Aux, weight: TermKind::AUX_WEIGHT, schedule });
+        }
         Stage {
             method: method.to_string(),
-            model: ModelSpec {
-                name: model.name.clone(),
-                encoder: model.encoder.clone(),
-                n_classes,
-                width: model.width,
-                output_stride: model.output_stride,
-                dropout: model.dropout,
-                decoder_channels: model.decoder_channels,
-            },
+            model,
             seed,
             steps: self.train.steps,
             batch_size: self.train.batch_size,
@@ -140,21 +181,31 @@ impl Recipe {
         }
     }
 
-    fn teacher_stage(&self, n_classes: usize) -> Result<Stage> {
+    fn student_model(&self, written: &[String], n_classes: usize) -> Result<ModelSpec> {
+        self.student.spec("student", written, n_classes)
+    }
+
+    fn teacher_stage(&self, written: &[String], n_classes: usize) -> Result<Stage> {
         let t = &self.teacher;
         let model = ModelKeys {
+            model: t.model.clone(),
             name: t.name.clone(),
             encoder: t.encoder.clone(),
+            layout: t.layout.clone(),
+            aux: t.aux,
             width: t.width,
             output_stride: t.output_stride,
             dropout: t.dropout,
             decoder_channels: t.decoder_channels,
+            weights: String::new(),
+            encoder_weights: t.encoder_weights.clone(),
+            new_classifier: false,
         };
         let ce = self
             .objectives
             .get("ce")
             .ok_or_else(|| usage!("[objectives.ce] is missing\n  hint: the teacher is trained with it"))?;
-        let mut stage = self.stage("teacher", &model, n_classes, t.seed, ce.terms.clone());
+        let mut stage = self.stage("teacher", model.spec("teacher", written, n_classes)?, t.seed, ce.terms.clone());
         if !(t.lr >= 0.0 && t.lr.is_finite()) {
             return Err(usage!("teacher.lr = {}\n  hint: a positive learning rate, or 0 to take optim.lr", t.lr));
         }
@@ -172,18 +223,24 @@ impl Recipe {
         Ok(stage)
     }
 
+    /// Weights the teacher is, instead of being trained.
     fn teacher_weights(&self) -> Result<Option<PathBuf>> {
-        if self.teacher.weights.is_empty() {
-            return Ok(None);
+        let Some(start) = Start::of("teacher", &self.teacher.weights, "", false)? else { return Ok(None) };
+        start::exists("teacher", &start.from)?;
+        Ok(Some(PathBuf::from(start.from)))
+    }
+
+    /// Weights that teacher and students start from when they are trained.
+    fn starts(&self) -> Result<[Option<Start>; 2]> {
+        let (t, s) = (&self.teacher, &self.student);
+        let teacher = Start::of("teacher", &t.weights, &t.encoder_weights, false)?;
+        let teacher = teacher.filter(|_| t.weights.is_empty());
+        let student = Start::of("student", &s.weights, &s.encoder_weights, s.new_classifier)?;
+        for (role, start) in [("teacher", &teacher), ("student", &student)] {
+            if let Some(start) = start {
+                start::exists(role, &start.from)?;
+            }
         }
-        let path = PathBuf::from(&self.teacher.weights);
-        if !path.is_file() {
-            let why = anyhow::anyhow!(
-                "teacher weights `{}` are not there\n  hint: `teacher.weights` names a .safetensors file, or is empty to train the teacher",
-                path.display()
-            );
-            return Err(coded(UNAVAILABLE, why));
-        }
-        Ok(Some(path))
+        Ok([teacher, student])
     }
 }

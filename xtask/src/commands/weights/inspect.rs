@@ -1,0 +1,104 @@
+//! `weights inspect`: what a weight file holds, without reading a number of it.
+
+use std::collections::BTreeMap;
+
+use anyhow::Result;
+use clap::Args;
+use serde_json::json;
+
+use segdistill_models::weights::{import_check, layouts, our_name, spec_of};
+
+use super::source::Source;
+use crate::exit::{USAGE, coded};
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  cargo xtask weights inspect resnet18.pth
+  cargo xtask weights inspect model.safetensors --model unet-resnet34     does it fit, and in whose names?
+  cargo xtask weights inspect checkpoint.pth --key ema --all --json")]
+pub(crate) struct Inspect {
+    #[command(flatten)]
+    pub(crate) source: Source,
+    /// Network or encoder to hold it against, in every layout
+    #[arg(long, value_name = "NAME")]
+    pub(crate) model: Option<String>,
+    /// List every tensor; default: the first 20
+    #[arg(long)]
+    pub(crate) all: bool,
+    /// Print as JSON on stdout, every tensor included
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Lines of tensors without `--all`.
+const FEW: usize = 20;
+
+/// Runs the command.
+pub(crate) fn run(args: &Inspect) -> Result<()> {
+    let (file, _) = args.source.open()?;
+    let fits = args.model.as_deref().map(|model| fits(&file, &our_name(model))).transpose()?;
+    let mut by_type: BTreeMap<&str, usize> = BTreeMap::new();
+    let mut n_floats = 0usize;
+    for tensor in file.tensors().values() {
+        *by_type.entry(tensor.dtype.name()).or_default() += 1;
+        if tensor.dtype.is_float() {
+            n_floats += tensor.shape.iter().product::<usize>();
+        }
+    }
+    if args.json {
+        let value = json!({
+            "file": file.path(), "format": file.format(), "key": file.key(), "others": file.others(),
+            "n_tensors": file.tensors().len(), "n_floats": n_floats, "types": by_type,
+            "tensors": file.tensors(), "fits": fits,
+        });
+        println!("{}", serde_json::to_string_pretty(&value)?);
+        return Ok(());
+    }
+    println!("{}: {}", file.path().display(), file.format().name());
+    if !file.key().is_empty() {
+        println!("state dict at `{}`", file.key());
+    }
+    let types: Vec<String> = by_type.iter().map(|(dtype, n)| format!("{n} {dtype}")).collect();
+    println!("{} tensors ({}), {n_floats} numbers", file.tensors().len(), types.join(", "));
+    for (name, tensor) in file.tensors().iter().take(if args.all { usize::MAX } else { FEW }) {
+        println!("  {:<60} {:<5} {:?}", name.escape_debug().to_string(), tensor.dtype.name(), tensor.shape);
+    }
+    if !args.all && file.tensors().len() > FEW {
+        println!("  ... and {} more (--all)", file.tensors().len() - FEW);
+    }
+    for other in file.others() {
+        println!("  no tensor: {other}");
+    }
+    for (layout, verdict) in fits.into_iter().flatten() {
+        println!("{layout}: {verdict}");
+    }
+    Ok(())
+}
+
+/// Whether the file fits `model` in each layout that has names for it.
+fn fits(file: &segdistill_models::weights::WeightFile, model: &str) -> Result<BTreeMap<String, String>> {
+    let mut out = BTreeMap::new();
+    for layout in layouts() {
+        if !layout.networks().iter().any(|name| name == model) {
+            continue;
+        }
+        let verdict = match import_check(file, model, layout.name()) {
+            Ok(None) => match spec_of(file, model, layout.name()) {
+                Ok((spec, _)) => format!("fits, {} classes", spec.n_classes),
+                Err(_) => "fits, an encoder".to_string(),
+            },
+            Ok(Some(misfit)) => misfit.counts(),
+            Err(error) => return Err(coded(USAGE, error)),
+        };
+        out.insert(layout.name().to_string(), verdict);
+    }
+    if out.is_empty() {
+        let known: Vec<String> = layouts().iter().flat_map(|l| l.networks()).collect();
+        let mut known = known;
+        known.sort();
+        known.dedup();
+        return Err(crate::exit::usage!("no layout has names for `{model}`, known: {}", known.join(", ")));
+    }
+    Ok(out)
+}
