@@ -124,7 +124,7 @@ impl Common {
     fn same_data(&mut self, run: &str, plan: &Plan, config: &FinalConfig) -> Result<()> {
         let scenes = match &plan.data {
             DataPlan::StreetScenes { seed, variety, .. } => format!(", scenes of seed {seed} and variety {variety}"),
-            DataPlan::Camvid { .. } => String::new(),
+            DataPlan::Files { .. } => String::new(),
         };
         let found =
             format!("{}{scenes}, {} classes: {}", config.dataset, config.classes.len(), config.classes.join(", "));
@@ -315,7 +315,7 @@ fn notes(plan: &Plan) -> Vec<String> {
             .to_string(),
         "MACs are multiply-accumulates of the convolutions, one image at the input size.".to_string(),
     ];
-    if matches!(plan.data, DataPlan::Camvid { .. }) {
+    if matches!(&plan.data, DataPlan::Files { dataset, .. } if dataset == "camvid") {
         notes.push(
             "CamVid's val frames come from a drive that train shares: val flatters, test is the harder measure."
                 .to_string(),

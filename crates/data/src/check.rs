@@ -3,15 +3,15 @@
 //! Every problem is listed, not only the first; a damaged file does not end the check.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde::Serialize;
 
-use crate::camvid::read_pair;
 use crate::codec::size_text;
 use crate::error::DataError;
-use crate::manifest::{Manifest, Source};
-use crate::pairs::read_list;
+use crate::files::read_pair;
+use crate::manifest::{Manifest, Pairing, Source};
+use crate::pairs::{Place, read_pairs};
 use crate::sample::{Dataset, Split};
 use crate::street::{StreetScenes, StreetScenesConfig};
 
@@ -106,38 +106,39 @@ pub fn check(root: &Path, manifest: &Manifest, splits: &[Split]) -> CheckReport 
 
 fn check_files(dir: &Path, manifest: &Manifest, splits: &[Split]) -> Vec<SplitReport> {
     // Name -> where it was first seen, over every split there is: a sample in two splits spoils both.
-    let mut seen: BTreeMap<String, Place> = BTreeMap::new();
+    let mut seen: BTreeMap<String, (Split, Place)> = BTreeMap::new();
     let mut reports: BTreeMap<Split, SplitReport> = BTreeMap::new();
     for split in manifest.splits.keys().copied() {
         let asked = splits.contains(&split);
         let mut report = SplitReport { split, status: SplitStatus::Present, n_images: 0, problems: Vec::new() };
-        let list = match read_list(manifest, dir, split) {
-            Ok(list) => list,
+        let found = match read_pairs(manifest, dir, split) {
+            Ok(found) => found,
             Err(DataError::Absent { .. }) => {
                 reports.insert(split, SplitReport { status: SplitStatus::Absent, ..report });
                 continue;
             }
             Err(error) => {
-                let list = manifest.splits[&split].files.as_ref().map_or(dir.into(), |files| dir.join(&files.list));
-                report.problems.push(problem(&error, &[&list]));
+                let files = manifest.splits[&split].files.as_ref();
+                let looked_for = files.map_or(dir.into(), |files| dir.join(files.first_looked_for()));
+                report.problems.push(problem(&error, &[&looked_for]));
                 reports.insert(split, report);
                 continue;
             }
         };
-        report.n_images = list.pairs.len() + list.problems.len();
-        report.problems.extend(list.problems.iter().map(|error| problem(error, &[&list.path])));
+        report.n_images = found.n_promised;
+        report.problems.extend(found.problems.iter().map(|error| problem(error, &[&found.path])));
         let expected = manifest.splits[&split].count;
         if report.n_images != expected {
             report.problems.push(Problem {
-                file: list.path.display().to_string(),
-                place: "whole list".into(),
+                file: found.path.display().to_string(),
+                place: whole(manifest, split).into(),
                 found: format!("{} pairs", report.n_images),
                 expected: format!("{expected}, as published"),
-                hint: "numbers from another split cannot be compared with published ones; obtain the list again".into(),
+                hint: "numbers from another split cannot be compared with published ones; obtain it again".into(),
             });
         }
-        for pair in &list.pairs {
-            let here = (split, list.path.clone(), pair.line);
+        for pair in &found.pairs {
+            let here = (split, pair.place.clone());
             if let Some(there) = seen.get(&pair.name) {
                 report.problems.push(shared(&pair.name, &here, there));
                 // The earlier split is spoilt as much, and may be the only one asked for.
@@ -192,18 +193,23 @@ fn check_drawn(manifest: &Manifest, split: Split) -> SplitReport {
     report
 }
 
-/// Where a sample is listed: split, list file and line.
-type Place = (Split, PathBuf, usize);
+/// What stands for all of a split: its list, or its folder.
+fn whole(manifest: &Manifest, split: Split) -> &'static str {
+    match manifest.splits[&split].files.as_ref().map(|files| &files.pairing) {
+        Some(Pairing::List(_)) => "whole list",
+        _ => "whole folder",
+    }
+}
 
-/// A sample listed `here` and `there`, as a problem of `here`.
-fn shared(name: &str, here: &Place, there: &Place) -> Problem {
-    let (other, list, line) = there;
+/// A sample named `here` and `there`, as a problem of `here`.
+fn shared(name: &str, here: &(Split, Place), there: &(Split, Place)) -> Problem {
+    let (other, place) = there;
     Problem {
-        file: here.1.display().to_string(),
-        place: format!("line {}", here.2),
-        found: format!("`{name}`, which {other} has too (`{}`, line {line})", list.display()),
+        file: here.1.file.display().to_string(),
+        place: here.1.to_string(),
+        found: format!("`{name}`, which {other} has too (`{}`, {place})", place.file.display()),
         expected: "each sample in one split".into(),
-        hint: "scores on samples that were learnt from mean nothing; remove it from one list".into(),
+        hint: "scores on samples that were learnt from mean nothing; remove it from one split".into(),
     }
 }
 
@@ -241,6 +247,13 @@ fn problem(error: &DataError, files: &[&Path]) -> Problem {
         DataError::List { list, line, found, expected, hint } => {
             make(list.display().to_string(), &format!("line {line}"), found.clone(), expected.clone(), hint)
         }
+        DataError::Pair { path, found, expected, hint } => make(
+            path.display().to_string(),
+            if path.is_dir() { "whole folder" } else { "whole file" },
+            found.clone(),
+            expected.clone(),
+            hint,
+        ),
         DataError::Absent { root, why, hint, .. } => {
             make(root.display().to_string(), "whole folder", why.clone(), "the data set".into(), hint)
         }

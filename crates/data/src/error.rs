@@ -78,6 +78,18 @@ pub enum DataError {
         /// The way out.
         hint: &'static str,
     },
+    /// A file or folder that makes no usable pair, where files are paired by name.
+    #[error("`{path}`: {found}, expected {expected}\n  hint: {hint}")]
+    Pair {
+        /// Image, label file or folder.
+        path: PathBuf,
+        /// What is wrong with it.
+        found: String,
+        /// What should be.
+        expected: String,
+        /// The way out.
+        hint: &'static str,
+    },
     /// A split that this copy of the data set does not have.
     #[error("{what} is not under `{root}`: {why}\n  hint: {hint}")]
     Absent {

@@ -1,7 +1,7 @@
 //! Data sets, transforms and batches for semantic segmentation.
 //!
-//! The way of a sample: a [`Manifest`] says what a data set holds, [`CamVid`] reads it from files and [`StreetScenes`]
-//! draws it from a seed; both are a [`Dataset`] of [`Sample`]s. A [`transform::TrainTransform`] changes image and labels
+//! The way of a sample: a [`Manifest`] says what a data set holds, [`LabelledFiles`] reads it from files ([`CamVid`],
+//! [`Cityscapes`]) and [`StreetScenes`] draws it from a seed; both are a [`Dataset`] of [`Sample`]s. A [`transform::TrainTransform`] changes image and labels
 //! together, and a [`Loader`] makes [`Batch`]es of them on worker threads, in an order that depends on the seed only.
 //! [`check`](mod@check), [`stats`] and [`preview`] look at a data set without training on it.
 //!
@@ -35,11 +35,11 @@
 
 mod batch;
 mod cache;
-mod camvid;
 pub mod check;
 pub mod classes;
 mod codec;
 mod error;
+mod files;
 mod loader;
 pub mod manifest;
 mod pairs;
@@ -52,9 +52,9 @@ pub mod transform;
 
 pub use batch::{Batch, collate};
 pub use cache::DecodedCache;
-pub use camvid::CamVid;
 pub use classes::{Class, ClassTable, VOID};
 pub use error::{DataError, Result};
+pub use files::{CamVid, Cityscapes, LabelledFiles};
 pub use loader::{BatchIter, Loader, LoaderConfig};
 pub use manifest::Manifest;
 pub use sample::{Dataset, LabelMap, RgbImage, Sample, Split};

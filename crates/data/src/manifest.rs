@@ -32,19 +32,52 @@ pub enum Source {
 pub struct SplitManifest {
     /// Number of samples.
     pub count: usize,
-    /// List file, image folder and label folder, relative to the data set's folder; `None` for drawn data.
+    /// Where its files lie; `None` for drawn data.
     pub files: Option<SplitFiles>,
 }
 
 /// Where the files of a split lie, relative to the data set's folder.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SplitFiles {
-    /// List file: a line for each pair, image first, label file second.
-    pub list: String,
     /// Folder of the images.
     pub images: String,
     /// Folder of the label files.
     pub labels: String,
+    /// How image and label file find each other.
+    pub pairing: Pairing,
+}
+
+/// How image and label file find each other.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Pairing {
+    /// A list file, relative to the data set's folder: a line for each pair, image first, label file second.
+    List(String),
+    /// By name: in each of the two folders one folder a city, the files alike but for the endings of their names.
+    Suffixes {
+        /// Ending of an image.
+        image: String,
+        /// Ending of a label file.
+        label: String,
+    },
+}
+
+impl SplitFiles {
+    /// Whether anything of the split is in the data set's folder `dir`. A folder of images or of label files alone is a
+    /// split with a fault, not an absent one.
+    pub(crate) fn are_in(&self, dir: &Path) -> bool {
+        match &self.pairing {
+            Pairing::List(list) => dir.join(list).is_file(),
+            Pairing::Suffixes { .. } => [&self.images, &self.labels].iter().any(|folder| dir.join(folder).is_dir()),
+        }
+    }
+
+    /// The file or folder that tells of the split.
+    pub(crate) fn first_looked_for(&self) -> &str {
+        match &self.pairing {
+            Pairing::List(list) => list,
+            Pairing::Suffixes { .. } => &self.images,
+        }
+    }
 }
 
 /// What is known about a data set.
@@ -131,6 +164,32 @@ struct WrittenSplit {
     list: Option<String>,
     images: Option<String>,
     labels: Option<String>,
+    image_suffix: Option<String>,
+    label_suffix: Option<String>,
+}
+
+impl WrittenSplit {
+    /// The files of the split; `None` when its keys do not fit `source` or each other.
+    fn files(self, source: Source) -> Option<Option<SplitFiles>> {
+        let suffixes = match (self.image_suffix, self.label_suffix) {
+            (None, None) => None,
+            (Some(image), Some(label)) => Some(Pairing::Suffixes { image, label }),
+            _ => return None,
+        };
+        let pairing = match (self.list, suffixes) {
+            (None, None) => None,
+            (Some(list), None) => Some(Pairing::List(list)),
+            (None, suffixes) => suffixes,
+            (Some(_), Some(_)) => return None,
+        };
+        match (source, self.images, self.labels, pairing) {
+            (Source::Drawn, None, None, None) => Some(None),
+            (Source::Files, Some(images), Some(labels), Some(pairing)) => {
+                Some(Some(SplitFiles { images, labels, pairing }))
+            }
+            _ => None,
+        }
+    }
 }
 
 impl Manifest {
@@ -183,22 +242,19 @@ impl Manifest {
         }
         let mut splits = BTreeMap::new();
         for (split, s) in written.splits {
-            let files = match (written.source, s.list, s.images, s.labels) {
-                (Source::Drawn, None, None, None) => None,
-                (Source::Files, Some(list), Some(images), Some(labels)) => Some(SplitFiles { list, images, labels }),
-                _ => {
-                    return Err(fail(
-                        format!("splits.{split} does not fit its source"),
-                        "source \"files\" needs list, images and labels; source \"drawn\" has none of them",
-                    ));
-                }
-            };
-            for path in files.iter().flat_map(|f| [&f.list, &f.images, &f.labels]) {
+            let count = s.count;
+            let files = s.files(written.source).ok_or_else(|| {
+                fail(
+                    format!("splits.{split} does not fit its source"),
+                    "source \"files\" needs images and labels, and list or image_suffix and label_suffix; source \"drawn\" has none of them",
+                )
+            })?;
+            for path in files.iter().flat_map(|f| [f.first_looked_for(), &f.images, &f.labels]) {
                 if !stays_inside(path) {
                     return Err(fail(format!("splits.{split} names `{path}`"), "paths are relative and without `..`"));
                 }
             }
-            splits.insert(split, SplitManifest { count: s.count, files });
+            splits.insert(split, SplitManifest { count, files });
         }
         if let Some(folder) = written.folders.iter().find(|f| !stays_inside(f)) {
             return Err(fail(format!("folders names `{folder}`"), "paths are relative and without `..`"));
@@ -266,23 +322,42 @@ impl Manifest {
         Ok(raw)
     }
 
-    /// The data set's folder: `root` itself or a folder in it, whichever holds a list file.
+    /// The data set's folder: `root` itself or a folder in it, whichever holds anything of a split.
     ///
     /// # Errors
-    /// `Absent` when neither holds one, saying where it looked.
+    /// `Absent` when neither does, saying where it looked.
     pub fn locate(&self, root: &Path) -> Result<PathBuf> {
-        let lists: Vec<&str> =
-            self.splits.values().filter_map(|s| s.files.as_ref()).map(|files| files.list.as_str()).collect();
+        let files: Vec<&SplitFiles> = self.splits.values().filter_map(|s| s.files.as_ref()).collect();
         let candidates: Vec<PathBuf> =
             std::iter::once(root.to_path_buf()).chain(self.folders.iter().map(|f| root.join(f))).collect();
-        candidates.iter().find(|dir| lists.iter().any(|list| dir.join(list).is_file())).cloned().ok_or_else(|| {
+        candidates.iter().find(|dir| files.iter().any(|files| files.are_in(dir))).cloned().ok_or_else(|| {
+            let looked_for: Vec<&str> = files.iter().map(|files| files.first_looked_for()).collect();
             DataError::Absent {
                 what: self.id.clone(),
                 root: root.into(),
-                why: format!("no {} there or in its folder {}", lists.join(", "), self.folders.join(" or ")),
+                why: format!("no {} there or in its folder {}", looked_for.join(", "), self.folders.join(" or ")),
                 hint: self.obtain.clone(),
             }
         })
+    }
+
+    /// The error of a split without a pair; `path` is its list file or its folder of images.
+    pub(crate) fn empty(&self, split: Split, path: PathBuf) -> DataError {
+        match self.splits.get(&split).and_then(|s| s.files.as_ref()).map(|files| &files.pairing) {
+            Some(Pairing::Suffixes { image, .. }) => DataError::Pair {
+                path,
+                found: "no image".into(),
+                expected: format!("folders with files that end in `{image}`"),
+                hint: "one folder a city, as unpacked; symbolic links in it are passed over",
+            },
+            _ => DataError::List {
+                list: path,
+                line: 1,
+                found: "no pair".into(),
+                expected: "at least one".into(),
+                hint: "the list file is empty; obtain it again",
+            },
+        }
     }
 }
 

@@ -8,7 +8,7 @@ use fixture::{HW, image, labels, manifest, real_camvid, write_raw_png};
 use png::{BitDepth, ColorType};
 use segdistill_data::preview::{read_image, read_labels, write_label_png, write_png};
 use segdistill_data::stats::Stats;
-use segdistill_data::{CamVid, DataError, Dataset, LabelMap, Manifest, RgbImage, Split, VOID};
+use segdistill_data::{CamVid, DataError, Dataset, LabelMap, LabelledFiles, Manifest, RgbImage, Split, VOID};
 
 /// A fresh copy of the small data set, changed by `change`, and the error of opening train or reading its first sample.
 fn error_after(change: impl Fn(&Path)) -> DataError {
@@ -43,7 +43,7 @@ fn foreign_lists_are_mapped_and_keep_their_order() {
             assert_eq!(sample.labels.ids, expected);
         }
         assert!(matches!(train.sample(3), Err(DataError::Index { index: 3, len: 3, .. })));
-        let has = Split::ALL.map(|split| CamVid::has_split(root, split));
+        let has = Split::ALL.map(|split| LabelledFiles::has_split(&manifest(), root, split));
         assert_eq!(has, [true, true, false]);
         let absent = CamVid::open(root, Split::Test).unwrap_err();
         assert!(matches!(absent, DataError::Absent { .. }));
@@ -51,7 +51,7 @@ fn foreign_lists_are_mapped_and_keep_their_order() {
     }
     let nowhere = dir.path().join("nowhere");
     assert_names(&CamVid::open(&nowhere, Split::Val).unwrap_err(), &["nowhere", "train.txt", "camvid"]);
-    assert!(!CamVid::has_split(&nowhere, Split::Val));
+    assert!(!LabelledFiles::has_split(&manifest(), &nowhere, Split::Val));
 }
 
 #[test]
@@ -217,7 +217,7 @@ fn pictures_are_written_as_they_are_read() {
 fn statistics_of_the_small_set_are_those_of_a_plain_count() {
     let dir = tempfile::tempdir().unwrap();
     fixture::write(dir.path());
-    let data = CamVid::with_manifest(manifest(), dir.path(), Split::Val).unwrap();
+    let data = LabelledFiles::open(manifest(), dir.path(), Split::Val).unwrap();
     let stats = Stats::of(&data).unwrap();
     let mut pixels = [0u64; 12];
     let mut values: Vec<f64> = Vec::new();

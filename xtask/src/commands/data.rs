@@ -69,7 +69,7 @@ impl Asked {
     /// What the manifest says, for opening it. Drawn scenes come in the manifest's size and counts, from seed 0.
     fn plan(&self) -> DataPlan {
         match &self.root {
-            Some(root) => DataPlan::Camvid { root: root.clone() },
+            Some(root) => DataPlan::Files { dataset: self.manifest.id.clone(), root: root.clone() },
             None => {
                 let [height, width] = self.manifest.image_hw;
                 let [train, val, test] = SPLITS.map(|split| self.published(split));

@@ -70,8 +70,9 @@ pub(crate) fn data_of(stage: &Path, root: Option<PathBuf>) -> Result<DataPlan> {
         coded(UNAVAILABLE, why)
     })?;
     match Plan::read(&plan)?.data {
-        DataPlan::Camvid { root: planned } => {
-            Ok(DataPlan::Camvid { root: super::data_root("camvid", root.or(Some(planned)))? })
+        DataPlan::Files { dataset, root: planned } => {
+            let root = super::data_root(&dataset, root.or(Some(planned)))?;
+            Ok(DataPlan::Files { dataset, root })
         }
         drawn => {
             if root.is_some() {

@@ -6,11 +6,11 @@ use std::sync::Arc;
 use anyhow::Result;
 use candle_core::Device;
 
-use segdistill_data::{CamVid, Dataset, DecodedCache, Manifest, Split, StreetScenes, StreetScenesConfig};
+use segdistill_data::{Dataset, DecodedCache, LabelledFiles, Manifest, Split, StreetScenes, StreetScenesConfig};
 use segdistill_ops::device::{allow_tf32, n_cuda_devices, open_cuda};
 
 use crate::cli::DeviceArgs;
-use crate::exit::{UNAVAILABLE, coded, usage};
+use crate::exit::{DATA, UNAVAILABLE, USAGE, coded, usage};
 use crate::recipe::DataPlan;
 
 pub(crate) mod bench;
@@ -94,13 +94,14 @@ pub(crate) fn open_split(data: &DataPlan, split: Split) -> Result<Option<Arc<dyn
                 n_val: *val,
                 n_test: *test,
             };
-            Ok(Some(Arc::new(StreetScenes::new(cfg, split).map_err(|e| coded(crate::exit::USAGE, e))?)))
+            Ok(Some(Arc::new(StreetScenes::new(cfg, split).map_err(|e| coded(USAGE, e))?)))
         }
-        DataPlan::Camvid { root } => {
-            if !CamVid::has_split(root, split) {
+        DataPlan::Files { dataset, root } => {
+            let manifest = Manifest::named(dataset).map_err(|e| coded(USAGE, e))?;
+            if !LabelledFiles::has_split(&manifest, root, split) {
                 return Ok(None);
             }
-            Ok(Some(Arc::new(CamVid::open(root, split).map_err(|e| coded(crate::exit::DATA, e))?)))
+            Ok(Some(Arc::new(LabelledFiles::open(manifest, root, split).map_err(|e| coded(DATA, e))?)))
         }
     }
 }
@@ -108,27 +109,36 @@ pub(crate) fn open_split(data: &DataPlan, split: Split) -> Result<Option<Arc<dyn
 /// Memory for decoded training samples: twice what CamVid's train split takes.
 const CACHE_BYTES: usize = 512 << 20;
 
+/// Whether `len` decoded samples of `hw`, at four bytes a pixel, fit into [`CACHE_BYTES`].
+fn fits_in_cache(len: usize, hw: [usize; 2]) -> bool {
+    [len, hw[0], hw[1], 4].into_iter().try_fold(1, usize::checked_mul).is_some_and(|bytes| bytes <= CACHE_BYTES)
+}
+
 /// One split that must be there.
 ///
-/// CamVid's train split, which training goes through many times, is decoded once and then kept in memory as far as
-/// [`CACHE_BYTES`] go; its samples are the same.
+/// A train split of files, which training goes through many times, is decoded once and then kept in memory where all of
+/// it fits, as CamVid's does; its samples are the same. Of one that does not fit, as Cityscapes' 25 GB, nothing is kept:
+/// the few samples that would be found again are not worth their memory.
 pub(crate) fn need_split(data: &DataPlan, split: Split) -> Result<Arc<dyn Dataset>> {
-    let dataset = open_split(data, split)?.ok_or_else(|| {
+    let opened = open_split(data, split)?.ok_or_else(|| {
         let why = anyhow::anyhow!(
             "split {split} is absent\n  hint: `cargo xtask data check` says what is there and how to obtain the rest"
         );
         coded(UNAVAILABLE, why)
     })?;
-    Ok(match (data, split) {
-        (DataPlan::Camvid { .. }, Split::Train) => Arc::new(DecodedCache::new(dataset, None, CACHE_BYTES)),
-        _ => dataset,
-    })
+    if let (DataPlan::Files { dataset, .. }, Split::Train) = (data, split) {
+        let hw = Manifest::named(dataset).map_err(|e| coded(USAGE, e))?.image_hw;
+        if fits_in_cache(opened.len(), hw) {
+            return Ok(Arc::new(DecodedCache::new(opened, None, CACHE_BYTES)));
+        }
+    }
+    Ok(opened)
 }
 
 #[cfg(test)]
 mod tests {
     use segdistill_data::preview::{write_label_png, write_png};
-    use segdistill_data::{LabelMap, RgbImage};
+    use segdistill_data::{CamVid, LabelMap, RgbImage};
 
     use super::*;
 
@@ -152,6 +162,14 @@ mod tests {
     }
 
     #[test]
+    fn a_train_split_is_kept_whole_or_not_at_all() {
+        assert!(fits_in_cache(367, [360, 480]), "CamVid");
+        assert!(!fits_in_cache(2975, [1024, 2048]), "Cityscapes");
+        assert!(fits_in_cache(64, [1024, 2048]) && !fits_in_cache(65, [1024, 2048]));
+        assert!(!fits_in_cache(usize::MAX, [2, 2]));
+    }
+
+    #[test]
     fn camvid_train_is_read_once_and_stays_the_same() {
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path();
@@ -167,7 +185,7 @@ mod tests {
             }
             fs_err::write(root.join(format!("{split}.txt")), list).unwrap();
         }
-        let plan = DataPlan::Camvid { root: root.to_path_buf() };
+        let plan = DataPlan::Files { dataset: "camvid".into(), root: root.to_path_buf() };
         let plain = CamVid::open(root, Split::Train).unwrap();
         let [train, val] = [Split::Train, Split::Val].map(|split| need_split(&plan, split).unwrap());
         assert_eq!((train.len(), train.id(), train.split()), (2, "camvid", Split::Train));

@@ -48,9 +48,12 @@ pub(crate) enum DataPlan {
         /// How little a look tells of a class, 0 to 1.
         variety: f64,
     },
-    /// CamVid below a folder.
-    Camvid {
-        /// Folder with train.txt, val.txt, ...
+    /// A data set of files below a folder.
+    #[serde(untagged)]
+    Files {
+        /// Its manifest's id, such as `camvid`.
+        dataset: String,
+        /// The data set's folder, or one that holds it.
         root: PathBuf,
     },
 }
@@ -315,7 +318,7 @@ fn data_plan(recipe: &Recipe, written: &[String], args: &RecipeArgs) -> Result<D
             }
             let set = (!d.root.is_empty()).then(|| PathBuf::from(&d.root));
             let root = crate::commands::data_root(id, args.data_root.clone().or(set))?;
-            Ok(DataPlan::Camvid { root })
+            Ok(DataPlan::Files { dataset: id.to_string(), root })
         }
     }
 }

@@ -6,12 +6,13 @@ use anyhow::Result;
 use clap::Args;
 use serde_json::json;
 
-use segdistill_data::Split;
+use segdistill_data::manifest::Source;
+use segdistill_data::{Manifest, Split};
 
 use crate::cli::DeviceArgs;
 use crate::commands::eval::data_of;
 use crate::commands::{data_root, device, device_name, need_split};
-use crate::exit::{OUT_OF_BAND, coded, usage};
+use crate::exit::{OUT_OF_BAND, USAGE, coded, usage};
 use crate::pipeline::evaluate_into;
 use crate::recipe::DataPlan;
 use crate::run_folder::read_final;
@@ -111,10 +112,11 @@ pub(crate) fn run(args: &Verify) -> Result<()> {
 
 /// The data set `id` in its folder.
 fn plan_of(id: &str, root: Option<PathBuf>) -> Result<DataPlan> {
-    match id {
-        "camvid" => Ok(DataPlan::Camvid { root: data_root(id, root)? }),
-        _ => Err(usage!(
-            "data set {id} cannot be verified on alone, known: camvid\n  hint: drawn scenes belong to a run"
+    let manifest = Manifest::named(id).map_err(|e| coded(USAGE, e))?;
+    match manifest.source {
+        Source::Files => Ok(DataPlan::Files { dataset: manifest.id, root: data_root(id, root)? }),
+        Source::Drawn => Err(usage!(
+            "data set {id} cannot be verified on alone\n  hint: drawn scenes belong to a run; leave --dataset out"
         )),
     }
 }

@@ -1,75 +1,41 @@
-//! List files: the lines that pair an image with its label file, mapped onto the data root.
+//! Pairs from a list file: its lines name an image and its label file, mapped onto the data root.
 
 use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
 
+use super::{Pair, Pairs, Place};
 use crate::error::{DataError, Result};
-use crate::manifest::{Manifest, SplitFiles};
-use crate::sample::Split;
+use crate::manifest::SplitFiles;
 
-/// One usable line.
-#[derive(Clone, Debug)]
-pub(crate) struct Pair {
-    /// File name without extension.
-    pub(crate) name: String,
-    pub(crate) image: PathBuf,
-    pub(crate) label: PathBuf,
-    /// Line in the list file, from 1.
-    pub(crate) line: usize,
-}
-
-/// A list file as read: usable lines in the order published, and an error for each other line.
-pub(crate) struct List {
-    pub(crate) path: PathBuf,
-    pub(crate) pairs: Vec<Pair>,
-    pub(crate) problems: Vec<DataError>,
-}
-
-/// Files of a split as the manifest has them.
-pub(crate) fn split_files(manifest: &Manifest, split: Split) -> Result<&SplitFiles> {
-    manifest.splits.get(&split).and_then(|s| s.files.as_ref()).ok_or_else(|| DataError::Manifest {
-        name: manifest.id.clone(),
-        why: format!("names no files for split {split}"),
-        hint: "ask for a split that the manifest lists",
-    })
-}
-
-/// Reads the list file of a split in the data set's folder `dir`.
+/// Reads the list file `path` of the data set in folder `dir`.
 ///
-/// Blank lines are passed over, a file that is no text is refused whole. A line is a problem when it does not hold two paths that end in the manifest's folders,
-/// names an image or a label file again, or names a file that is not there.
-pub(crate) fn read_list(manifest: &Manifest, dir: &Path, split: Split) -> Result<List> {
-    let files = split_files(manifest, split)?;
-    let path = dir.join(&files.list);
-    if !path.is_file() {
-        return Err(DataError::Absent {
-            what: format!("split {split} of {}", manifest.id),
-            root: dir.into(),
-            why: format!("`{}` is not there", path.display()),
-            hint: manifest.obtain.clone(),
-        });
-    }
-    let text = String::from_utf8(fs_err::read(&path)?).map_err(|e| {
+/// Blank lines are passed over, a file that is no text is refused whole. A line is a problem when it does not hold two
+/// paths that end in the manifest's folders, names an image or a label file again, or names a file that is not there.
+pub(super) fn read(path: &Path, dir: &Path, files: &SplitFiles) -> Result<Pairs> {
+    let text = String::from_utf8(fs_err::read(path)?).map_err(|e| {
         let good = &e.as_bytes()[..e.utf8_error().valid_up_to()];
         DataError::List {
-            list: path.clone(),
+            list: path.into(),
             line: good.iter().filter(|b| **b == b'\n').count() + 1,
             found: "bytes that are not UTF-8".into(),
             expected: "text, one pair of paths a line".into(),
             hint: "is this the list file, and was it saved as plain text?",
         }
     })?;
-    let mut list = List { path, pairs: Vec::new(), problems: Vec::new() };
+    let mut found = Pairs { path: path.into(), n_promised: 0, pairs: Vec::new(), problems: Vec::new() };
     let mut seen: BTreeMap<PathBuf, usize> = BTreeMap::new();
     for (i, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
+        found.n_promised += 1;
+        let place = Place { file: path.into(), line: Some(i + 1) };
         match read_line(line, i + 1, dir, files, &mut seen) {
-            Ok(pair) => list.pairs.push(pair),
-            Err((found, expected, hint)) => {
-                list.problems.push(DataError::List { list: list.path.clone(), line: i + 1, found, expected, hint });
+            Ok([image, label]) => {
+                let name = image.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+                found.pairs.push(Pair { name, image, label, place });
             }
+            Err((what, expected, hint)) => found.problems.push(place.error(what, &expected, hint)),
         }
     }
-    Ok(list)
+    Ok(found)
 }
 
 fn read_line(
@@ -78,7 +44,7 @@ fn read_line(
     dir: &Path,
     files: &SplitFiles,
     seen: &mut BTreeMap<PathBuf, usize>,
-) -> std::result::Result<Pair, (String, String, &'static str)> {
+) -> std::result::Result<[PathBuf; 2], (String, String, &'static str)> {
     let parts: Vec<&str> = line.split_whitespace().collect();
     let [image, label] = parts[..] else {
         let found = format!("{} paths in `{}`", parts.len(), line.trim());
@@ -96,8 +62,7 @@ fn read_line(
             return Err((found, "a file".into(), "is the copy of the data whole?"));
         }
     }
-    let name = image.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-    Ok(Pair { name, image, label, line: number })
+    Ok([image, label])
 }
 
 /// The file under `dir` that a path of another machine means: its last folders must be `folder`, what stands before
