@@ -7,11 +7,12 @@ use std::path::Path;
 
 use serde::Serialize;
 
+use crate::classes::VOID;
 use crate::codec::size_text;
-use crate::error::DataError;
+use crate::error::{DataError, Result};
 use crate::files::read_pair;
 use crate::manifest::{Manifest, Pairing, Source};
-use crate::pairs::{Place, read_pairs};
+use crate::pairs::{Pair, Place, read_pairs};
 use crate::sample::{Dataset, Split};
 use crate::street::{StreetScenes, StreetScenesConfig};
 
@@ -59,6 +60,8 @@ pub struct SplitReport {
     pub status: SplitStatus,
     /// Images listed (of drawn data: drawn).
     pub n_images: usize,
+    /// Images whose label file could be read and names no class at any pixel.
+    pub n_unlabelled: usize,
     /// Everything wrong with it.
     pub problems: Vec<Problem>,
 }
@@ -96,6 +99,7 @@ pub fn check(root: &Path, manifest: &Manifest, splits: &[Split]) -> CheckReport 
                 split: *split,
                 status: SplitStatus::Absent,
                 n_images: 0,
+                n_unlabelled: 0,
                 problems: problems.clone(),
             };
             splits.iter().map(absent).collect()
@@ -110,7 +114,8 @@ fn check_files(dir: &Path, manifest: &Manifest, splits: &[Split]) -> Vec<SplitRe
     let mut reports: BTreeMap<Split, SplitReport> = BTreeMap::new();
     for split in manifest.splits.keys().copied() {
         let asked = splits.contains(&split);
-        let mut report = SplitReport { split, status: SplitStatus::Present, n_images: 0, problems: Vec::new() };
+        let mut report =
+            SplitReport { split, status: SplitStatus::Present, n_images: 0, n_unlabelled: 0, problems: Vec::new() };
         let found = match read_pairs(manifest, dir, split) {
             Ok(found) => found,
             Err(DataError::Absent { .. }) => {
@@ -137,6 +142,7 @@ fn check_files(dir: &Path, manifest: &Manifest, splits: &[Split]) -> Vec<SplitRe
                 hint: "numbers from another split cannot be compared with published ones; obtain it again".into(),
             });
         }
+        let mut read = if asked { read_all(manifest, &found.pairs) } else { Vec::new() }.into_iter();
         for pair in &found.pairs {
             let here = (split, pair.place.clone());
             if let Some(there) = seen.get(&pair.name) {
@@ -147,25 +153,66 @@ fn check_files(dir: &Path, manifest: &Manifest, splits: &[Split]) -> Vec<SplitRe
                 }
             }
             seen.entry(pair.name.clone()).or_insert(here);
-            if !asked {
-                continue;
+            match read.next() {
+                Some(Err(error)) => report.problems.push(problem(&error, &[&pair.image, &pair.label])),
+                Some(Ok(seen)) => {
+                    report.n_unlabelled += usize::from(!seen.is_labelled);
+                    if seen.hw != manifest.image_hw {
+                        report.problems.push(Problem {
+                            file: pair.image.display().to_string(),
+                            place: "whole picture".into(),
+                            found: size_text(seen.hw),
+                            expected: size_text(manifest.image_hw),
+                            hint: "the published pictures have one size; was this copy resized?".into(),
+                        });
+                    }
+                }
+                None => {}
             }
-            match read_pair(manifest, &pair.image, &pair.label, &pair.name) {
-                Err(error) => report.problems.push(problem(&error, &[&pair.image, &pair.label])),
-                Ok(sample) if sample.image.hw() != manifest.image_hw => report.problems.push(Problem {
-                    file: pair.image.display().to_string(),
-                    place: "whole picture".into(),
-                    found: size_text(sample.image.hw()),
-                    expected: size_text(manifest.image_hw),
-                    hint: "the published pictures have one size; was this copy resized?".into(),
-                }),
-                Ok(_) => {}
-            }
+        }
+        let withheld = manifest.splits[&split].labels_withheld;
+        if !withheld && report.n_unlabelled > 0 && report.n_unlabelled == report.n_images {
+            report.problems.push(Problem {
+                file: found.path.display().to_string(),
+                place: whole(manifest, split).into(),
+                found: "no pixel of any class in any label file".into(),
+                expected: "labels to learn from and to score".into(),
+                hint: "are these the label files of this split?".into(),
+            });
         }
         reports.insert(split, report);
     }
-    let unknown = |split: Split| SplitReport { split, status: SplitStatus::Absent, n_images: 0, problems: Vec::new() };
+    let unknown = |split: Split| SplitReport {
+        split,
+        status: SplitStatus::Absent,
+        n_images: 0,
+        n_unlabelled: 0,
+        problems: Vec::new(),
+    };
     splits.iter().map(|split| reports.get(split).cloned().unwrap_or_else(|| unknown(*split))).collect()
+}
+
+/// What a pair shows once it is read.
+struct Seen {
+    hw: [usize; 2],
+    /// Whether any pixel belongs to a class.
+    is_labelled: bool,
+}
+
+/// Reads every pair, on as many threads as the machine offers; results in the order of the pairs.
+fn read_all(manifest: &Manifest, pairs: &[Pair]) -> Vec<Result<Seen>> {
+    let n_threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let read = |pair: &Pair| {
+        let sample = read_pair(manifest, &pair.image, &pair.label, &pair.name)?;
+        Ok(Seen { hw: sample.image.hw(), is_labelled: sample.labels.ids.iter().any(|id| *id != VOID) })
+    };
+    std::thread::scope(|scope| {
+        let shares = pairs.chunks(pairs.len().div_ceil(n_threads).max(1));
+        let threads: Vec<_> =
+            shares.map(|share| scope.spawn(move || share.iter().map(read).collect::<Vec<_>>())).collect();
+        let joined = threads.into_iter().map(|t| t.join());
+        joined.flat_map(|j| j.unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
+    })
 }
 
 fn check_drawn(manifest: &Manifest, split: Split) -> SplitReport {
@@ -180,7 +227,8 @@ fn check_drawn(manifest: &Manifest, split: Split) -> SplitReport {
         n_val: n(Split::Val),
         n_test: n(Split::Test),
     };
-    let mut report = SplitReport { split, status: SplitStatus::Present, n_images: n(split), problems: Vec::new() };
+    let mut report =
+        SplitReport { split, status: SplitStatus::Present, n_images: n(split), n_unlabelled: 0, problems: Vec::new() };
     let drawn = StreetScenes::new(cfg, split).and_then(|scenes| {
         (0..scenes.len().min(N_DRAWN)).try_for_each(|i| {
             let sample = scenes.sample(i)?;

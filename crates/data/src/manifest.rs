@@ -12,8 +12,9 @@ use crate::error::{DataError, Result};
 use crate::sample::{LabelMap, Split};
 
 /// Name and text of each manifest the program knows.
-const EMBEDDED: [(&str, &str); 2] = [
+const EMBEDDED: [(&str, &str); 3] = [
     ("camvid", include_str!("../../../datasets/camvid.toml")),
+    ("cityscapes", include_str!("../../../datasets/cityscapes.toml")),
     ("street-scenes", include_str!("../../../datasets/street-scenes.toml")),
 ];
 
@@ -21,7 +22,7 @@ const EMBEDDED: [(&str, &str); 2] = [
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Source {
-    /// Pictures and label files named by list files.
+    /// Pictures and label files.
     Files,
     /// Drawn by this crate from a seed.
     Drawn,
@@ -32,6 +33,8 @@ pub enum Source {
 pub struct SplitManifest {
     /// Number of samples.
     pub count: usize,
+    /// Whether the publishers keep its labels to themselves: its label files hold void only, so nothing can be scored.
+    pub labels_withheld: bool,
     /// Where its files lie; `None` for drawn data.
     pub files: Option<SplitFiles>,
 }
@@ -120,6 +123,10 @@ pub struct Manifest {
     pub splits: BTreeMap<Split, SplitManifest>,
     /// Id of each value a label file may hold; `None` for values outside the table.
     label_ids: Vec<Option<u8>>,
+    /// Value in label files of each class.
+    class_labels: Vec<u8>,
+    /// Value in label files that is written for void.
+    void_label: u8,
 }
 
 #[derive(Deserialize)]
@@ -161,6 +168,8 @@ struct WrittenVoid {
 #[serde(deny_unknown_fields)]
 struct WrittenSplit {
     count: usize,
+    #[serde(default)]
+    labels_withheld: bool,
     list: Option<String>,
     images: Option<String>,
     labels: Option<String>,
@@ -240,21 +249,28 @@ impl Manifest {
                 return Err(fail(format!("class `{}` is given twice", class.name), "class names are unique"));
             }
         }
+        let void_label = written.void.labels.first().copied().unwrap_or(VOID);
+        let class_labels = written.classes.iter().map(|class| class.label).collect();
         let mut splits = BTreeMap::new();
         for (split, s) in written.splits {
-            let count = s.count;
+            let (count, labels_withheld) = (s.count, s.labels_withheld);
             let files = s.files(written.source).ok_or_else(|| {
                 fail(
                     format!("splits.{split} does not fit its source"),
                     "source \"files\" needs images and labels, and list or image_suffix and label_suffix; source \"drawn\" has none of them",
                 )
             })?;
+            if let Some(Pairing::Suffixes { image, label }) = files.as_ref().map(|f| &f.pairing)
+                && let Some(bad) = [image, label].into_iter().find(|suffix| suffix.is_empty() || suffix.contains('/'))
+            {
+                return Err(fail(format!("splits.{split} names the ending `{bad}`"), "such as `_labelIds.png`"));
+            }
             for path in files.iter().flat_map(|f| [f.first_looked_for(), &f.images, &f.labels]) {
                 if !stays_inside(path) {
                     return Err(fail(format!("splits.{split} names `{path}`"), "paths are relative and without `..`"));
                 }
             }
-            splits.insert(split, SplitManifest { count, files });
+            splits.insert(split, SplitManifest { count, labels_withheld, files });
         }
         if let Some(folder) = written.folders.iter().find(|f| !stays_inside(f)) {
             return Err(fail(format!("folders names `{folder}`"), "paths are relative and without `..`"));
@@ -276,6 +292,8 @@ impl Manifest {
             train_void_pixels: written.void.train_pixels,
             splits,
             label_ids,
+            class_labels,
+            void_label,
         })
     }
 
@@ -320,6 +338,30 @@ impl Manifest {
             })?;
         }
         Ok(raw)
+    }
+
+    /// Turns ids into the values of a label file, void into the first value that means it.
+    ///
+    /// # Panics
+    /// For an id that is neither a class nor [`VOID`].
+    pub fn labels_from_ids(&self, mut map: LabelMap) -> LabelMap {
+        for id in &mut map.ids {
+            *id = if *id == VOID { self.void_label } else { self.class_labels[usize::from(*id)] };
+        }
+        map
+    }
+
+    /// Whether a class has another value in label files than its id.
+    pub fn labels_differ_from_ids(&self) -> bool {
+        self.class_labels.iter().enumerate().any(|(id, label)| usize::from(*label) != id)
+    }
+
+    /// Ending of label files, where images and label files are paired by name.
+    pub fn label_suffix(&self) -> Option<&str> {
+        self.splits.values().filter_map(|s| s.files.as_ref()).find_map(|files| match &files.pairing {
+            Pairing::Suffixes { label, .. } => Some(label.as_str()),
+            Pairing::List(_) => None,
+        })
     }
 
     /// The data set's folder: `root` itself or a folder in it, whichever holds anything of a split.
@@ -381,16 +423,46 @@ mod tests {
             let manifest = Manifest::named(id).unwrap();
             assert_eq!(manifest.id, id);
             assert_eq!(manifest.splits.len(), 3);
-            assert_eq!(manifest.labels_expected(), "0..=10 or void 11");
-            assert_eq!(
-                (manifest.id_of_label(11), manifest.id_of_label(12), manifest.id_of_label(10)),
-                (Some(VOID), None, Some(10))
-            );
         }
         // The drawn scenes speak CamVid's classes, so that a network can move from one to the other.
-        let [a, b] =
-            Manifest::known().try_into().map(|ids: [&str; 2]| ids.map(|id| Manifest::named(id).unwrap())).unwrap();
-        assert_eq!(a.classes.classes, b.classes.classes);
+        let [camvid, drawn] = ["camvid", "street-scenes"].map(|id| Manifest::named(id).unwrap());
+        assert_eq!(camvid.classes.classes, drawn.classes.classes);
+        for manifest in [camvid, drawn] {
+            assert_eq!(manifest.labels_expected(), "0..=10 or void 11");
+            assert_eq!([11, 12, 10].map(|label| manifest.id_of_label(label)), [Some(VOID), None, Some(10)]);
+            assert!(!manifest.labels_differ_from_ids());
+        }
+    }
+
+    #[test]
+    fn cityscapes_remaps_every_label_id_as_its_benchmark() {
+        let m = Manifest::named("cityscapes").unwrap();
+        // Train id of label ids 0 to 33, written out once more: cityscapesScripts, `helpers/labels.py`.
+        let v = VOID;
+        let train_ids: [u8; 34] = [
+            v, v, v, v, v, v, v, 0, 1, v, v, 2, 3, 4, v, v, v, 5, v, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, v, v, 16, 17,
+            18,
+        ];
+        for label in 0..=u8::MAX {
+            let expected = match label {
+                0..34 => Some(train_ids[usize::from(label)]),
+                VOID => Some(VOID),
+                _ => None,
+            };
+            assert_eq!(m.id_of_label(label), expected, "label {label}");
+        }
+        assert_eq!(m.classes.n_classes(), 19);
+        assert_eq!(m.classes.index_of("bicycle"), Some(18));
+        let ids = LabelMap { height: 4, width: 5, ids: (0..19).chain([VOID]).collect() };
+        let written = m.labels_from_ids(ids.clone());
+        assert_eq!((written.ids[0], written.ids[18], written.ids[19]), (7, 33, 0));
+        assert_eq!(m.ids_from_labels(written, Path::new("x.png")).unwrap(), ids);
+        assert!(m.labels_differ_from_ids());
+        assert_eq!(
+            m.labels_expected(),
+            "7..=8, 11..=13, 17, 19..=28, 31..=33 or void 0..=6, 9..=10, 14..=16, 18, 29..=30, 255"
+        );
+        assert_eq!(Split::ALL.map(|split| m.splits[&split].labels_withheld), [false, false, true]);
     }
 
     #[test]
@@ -404,13 +476,15 @@ mod tests {
 
     #[test]
     fn mistakes_are_named() {
-        let cases: [(&str, &str, &str); 6] = [
+        let cases: [(&str, &str, &str); 8] = [
             ("image_hw =", "imagehw =", "imagehw"),
             ("label = 10,", "label = 9,", "label 9 is given twice"),
             ("labels = [11]", "labels = [11, 3]", "label 3 is given twice"),
             ("name = \"Fence\"", "name = \"Car\"", "class `Car` is given twice"),
             ("list = \"val.txt\"\n", "", "splits.val"),
             ("images = \"val\"", "images = \"../val\"", "`../val`"),
+            ("list = \"val.txt\"", "image_suffix = \"_x.png\"", "splits.val"),
+            ("list = \"val.txt\"", "image_suffix = \"/x.png\"\nlabel_suffix = \"_y.png\"", "ending `/x.png`"),
         ];
         for (from, to, named) in cases {
             let text = camvid_text().replacen(from, to, 1);
@@ -419,6 +493,6 @@ mod tests {
             assert!(error.contains(named) && error.contains("x.toml") && error.contains("hint:"), "{error}");
         }
         let error = Manifest::named("kitti").unwrap_err().to_string();
-        assert!(error.contains("`kitti`") && error.contains("camvid, street-scenes"), "{error}");
+        assert!(error.contains("`kitti`") && error.contains("camvid, cityscapes, street-scenes"), "{error}");
     }
 }

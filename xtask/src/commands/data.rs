@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use segdistill_data::check::{CheckReport, Problem, SplitReport, SplitStatus, check};
 use segdistill_data::manifest::Source;
 use segdistill_data::stats::Stats;
-use segdistill_data::{Dataset, Manifest, Sample, Split, preview};
+use segdistill_data::{Dataset, DecodedCache, Manifest, Sample, Split, preview};
 
 use super::{SPLITS, data_root, need_split, open_split};
 use crate::cli::{Data, DatasetArgs};
@@ -196,7 +196,11 @@ fn split_line(asked: &Asked, report: &SplitReport) -> String {
         let (n, how) = (asked.published(split), &asked.manifest.obtain);
         return format!("{split:<6} absent (manifest: {n} images); how to obtain: {how}");
     }
+    let withheld = asked.manifest.splits.get(&split).is_some_and(|s| s.labels_withheld);
     let state = match (report.problems.len(), asked.manifest.source) {
+        (0, Source::Files) if withheld && report.n_unlabelled == report.n_images => {
+            "ok, every pixel void: the publishers withhold these labels, nothing can be scored here".to_string()
+        }
         (0, Source::Files) => "ok".to_string(),
         (0, Source::Drawn) => "ok, drawn from a seed".to_string(),
         (1, _) => "1 problem".to_string(),
@@ -264,6 +268,9 @@ fn stats_lines(asked: &Asked, split: Split, stats: &Stats) -> Vec<String> {
         lines.push(format!("  {:<14} {pixels:>12} {share:>7.2} % {images:>8} {weight:>8.3}", class.name));
     }
     lines.push(format!("  {:<14} {:>12}", "void", stats.void_pixels));
+    if stats.class_pixels.iter().all(|n| *n == 0) {
+        lines.push("  no pixel belongs to a class: nothing can be learnt or scored here".into());
+    }
     lines.push("  share: of the pixels that are not void; weight: median frequency balancing".into());
     lines
 }
@@ -272,9 +279,12 @@ fn run_preview(asked: &Asked, out: &Path, count: usize) -> Result<()> {
     let open = asked.open()?;
     let lens: Vec<usize> = open.iter().map(|dataset| dataset.len()).collect();
     let mut samples: Vec<Sample> = Vec::with_capacity(count);
+    let hw = sheet_hw(asked.manifest.image_hw);
     for (dataset, share) in open.iter().zip(shares(&lens, count)) {
-        for index in spread(dataset.len(), share) {
-            samples.push(dataset.sample(index).map_err(|e| coded(DATA, e))?);
+        // Shrinks on the way and keeps nothing.
+        let shrunk = DecodedCache::new(Arc::clone(dataset), hw, 0);
+        for index in spread(shrunk.len(), share) {
+            samples.push(shrunk.sample(index).map_err(|e| coded(DATA, e))?);
         }
     }
     let sheet = preview::sheet(&samples, &asked.manifest.classes, if samples.len() < 4 { 1 } else { 2 })?;
@@ -283,8 +293,17 @@ fn run_preview(asked: &Asked, out: &Path, count: usize) -> Result<()> {
     }
     preview::write_png(out, &sheet)?;
     let names: Vec<&str> = samples.iter().map(|s| s.name.as_str()).collect();
-    println!("{}: {} of {}, each as image, labels, overlay", out.display(), names.join(", "), asked.manifest.id);
+    let size = hw.map_or(String::new(), |[h, w]| format!(", shrunk to {w}x{h}"));
+    println!("{}: {} of {}, each as image, labels, overlay{size}", out.display(), names.join(", "), asked.manifest.id);
     Ok(())
+}
+
+/// Widest picture on a sheet, in pixels.
+const SHEET_WIDTH: usize = 640;
+
+/// Height and width that pictures of `[h, w]` are shrunk to on a sheet, if they are wider than it takes.
+fn sheet_hw([h, w]: [usize; 2]) -> Option<[usize; 2]> {
+    (w > SHEET_WIDTH).then(|| [(h * SHEET_WIDTH / w).max(1), SHEET_WIDTH])
 }
 
 /// How many samples each split gives to a sheet of `count`: as even as their lengths allow, the first ones more.
@@ -329,6 +348,7 @@ mod tests {
             split,
             status,
             n_images: 5,
+            n_unlabelled: 0,
             problems: (0..n).map(problem).collect(),
         };
         CheckReport { dataset: "camvid".into(), splits: splits.iter().map(split).collect() }
@@ -400,6 +420,7 @@ mod tests {
 
     #[test]
     fn a_sheet_shares_its_places() {
+        assert_eq!((sheet_hw([360, 480]), sheet_hw([1024, 2048])), (None, Some([320, 640])));
         assert_eq!(shares(&[367, 101, 233], 8), [3, 3, 2]);
         assert_eq!(shares(&[1, 5], 4), [1, 3]);
         assert_eq!(shares(&[2, 1], 8), [2, 1]);
