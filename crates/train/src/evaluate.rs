@@ -8,8 +8,10 @@ use segdistill_eval::{Confusion, predict_labels};
 
 use crate::error::{Result, TrainError};
 
-/// Images that go through the network together; the result does not depend on it.
+/// Most images that go through the network together; the result does not depend on it.
 const BATCH: usize = 8;
+/// Pixels that go through the network together, about, so that memory does not grow with the size of images.
+const BATCH_PIXELS: usize = BATCH * 360 * 480;
 
 /// Counts over a split.
 #[derive(Clone, Debug)]
@@ -69,7 +71,8 @@ pub fn evaluate(
     }
     let mut confusion = Confusion::new(dataset.classes().n_classes());
     let indices: Vec<usize> = (0..dataset.len()).collect();
-    for chunk in indices.chunks(BATCH) {
+    let batch = (BATCH_PIXELS / (input_hw[0] * input_hw[1]).max(1)).clamp(1, BATCH);
+    for chunk in indices.chunks(batch) {
         let samples: Vec<Sample> =
             chunk.par_iter().map(|&i| dataset.sample(i)).collect::<std::result::Result<_, _>>()?;
         let images: Vec<&RgbImage> = samples.iter().map(|s| &s.image).collect();
