@@ -67,7 +67,7 @@ pub(crate) struct DeviceArgs {
 /// Which recipe, with what changed.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct RecipeArgs {
-    /// Recipe name (toy, camvid, camvid-quick) or a TOML file
+    /// Recipe name (toy, camvid, camvid-quick, cityscapes, cityscapes-segformer) or a TOML file
     #[arg(long, default_value = "toy", value_name = "NAME|FILE")]
     pub(crate) recipe: String,
     /// Folder of the data set; default: $SEGDISTILL_DATA_DIR/NAME
@@ -98,6 +98,7 @@ Examples:
   cargo xtask reproduce
   cargo xtask reproduce --dry-run
   cargo xtask reproduce --recipe camvid-quick --data-root ../shared/camvid
+  cargo xtask reproduce --recipe cityscapes --data-root DIR --dry-run
   cargo xtask reproduce --recipe my.toml --methods ce,csc+ce --seeds 0,1,2 --resume")]
 pub(crate) struct Reproduce {
     #[command(flatten)]
@@ -137,7 +138,11 @@ pub(crate) struct Train {
 Examples:
   cargo xtask eval --model runs/toy/csc+ce/seed-0 --split test
   cargo xtask eval --model runs/camvid-quick/teacher --split val --data-root ../shared/camvid
-  cargo xtask eval --predictions OUT --labels ../shared/camvid/valannot --dataset camvid --out report")]
+  cargo xtask eval --predictions OUT --labels ../shared/camvid/valannot --dataset camvid --out report
+  cargo xtask eval --predictions OUT --labels DIR/gtFine/val --dataset cityscapes
+
+Label images hold the values of the data set's label files, as `predict` writes them: of Cityscapes label ids, not train
+ids. Both folders may then hold city folders; a prediction's name begins with CITY_SEQUENCE_FRAME.")]
 pub(crate) struct Eval {
     /// Stage folder of a run; folders that `weights import` wrote are scored by `weights verify`
     #[arg(long, value_name = "DIR", conflicts_with_all = ["predictions", "labels", "dataset"], required_unless_present = "predictions")]
@@ -148,7 +153,7 @@ pub(crate) struct Eval {
     /// Folder of the data set; default: the run's own
     #[arg(long, value_name = "DIR")]
     pub(crate) data_root: Option<PathBuf>,
-    /// Folder of predicted label PNGs, one a label image, same file name
+    /// Folder of predicted label PNGs, one a label image, same file name; overlays of `predict` are passed over
     #[arg(long, value_name = "DIR", requires_all = ["labels", "dataset"])]
     pub(crate) predictions: Option<PathBuf>,
     /// Folder of ground-truth label PNGs
@@ -157,6 +162,9 @@ pub(crate) struct Eval {
     /// Data set whose classes the labels hold
     #[arg(long, value_name = "NAME")]
     pub(crate) dataset: Option<String>,
+    /// Predictions hold train ids (0 to 18, void 255) in place of the label ids of Cityscapes' files
+    #[arg(long, requires = "predictions")]
+    pub(crate) train_ids: bool,
     /// Folder for summary.json, per_class.csv, confusion.csv and a report page; nothing is written without it
     #[arg(long, value_name = "DIR")]
     pub(crate) out: Option<PathBuf>,
@@ -172,6 +180,7 @@ pub(crate) struct Eval {
 Examples:
   cargo xtask predict --model runs/toy/csc+ce/seed-0 --out predicted street.png
   cargo xtask predict --model runs/camvid-quick/teacher --out predicted ../shared/camvid/val
+  cargo xtask predict --model teacher --out predicted DIR/leftImg8bit/val/*
   cargo xtask predict --model imported --tensor images.safetensors --save-logits logits.safetensors
 
 --tensor reads the tensor images_nchw, [n, 3, h, w], normalised already, and writes logits_nchw at the same size.")]
@@ -182,7 +191,7 @@ pub(crate) struct Predict {
     /// Images, or folders of images (PNG, JPEG)
     #[arg(required_unless_present = "tensor", conflicts_with = "tensor", value_name = "IMAGE|DIR")]
     pub(crate) images: Vec<PathBuf>,
-    /// Folder for NAME.png (label ids) and NAME_overlay.png
+    /// Folder for NAME.png (values of the data set's label files) and NAME_overlay.png
     #[arg(long, required_unless_present = "tensor", conflicts_with = "tensor", value_name = "DIR")]
     pub(crate) out: Option<PathBuf>,
     /// Normalised images as one tensor, in place of image files
@@ -218,7 +227,7 @@ pub(crate) struct Report {
 /// Which data set.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct DatasetArgs {
-    /// Data set: camvid or street-scenes
+    /// Data set: camvid, cityscapes or street-scenes
     #[arg(long, value_name = "NAME")]
     pub(crate) dataset: String,
     /// Folder of the data set; default: $SEGDISTILL_DATA_DIR/NAME
@@ -232,7 +241,9 @@ pub(crate) struct DatasetArgs {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Data {
     /// Counts, pairs, sizes and label values against the manifest; exit code 3 when something differs
-    #[command(after_help = "Example:\n  cargo xtask data check --dataset camvid --data-root ../shared/camvid")]
+    #[command(
+        after_help = "Examples:\n  cargo xtask data check --dataset camvid --data-root ../shared/camvid\n  cargo xtask data check --dataset cityscapes --data-root DIR"
+    )]
     Check {
         #[command(flatten)]
         dataset: DatasetArgs,

@@ -19,8 +19,8 @@ use segdistill_models::{Frozen, macs};
 use segdistill_train::checkpoint::sha256_hex;
 use segdistill_train::{Stage, StageData, TrainError, evaluate, run_stage};
 
-use crate::commands::{SPLITS, need_split, open_split};
-use crate::exit::coded;
+use crate::commands::{SPLITS, labels_withheld, need_split, open_split};
+use crate::exit::{DATA, coded};
 use crate::progress::{Progress, StageProgress, duration};
 use crate::recipe::{Fills, Plan, whole};
 use crate::run_folder::{
@@ -207,6 +207,10 @@ impl Pipeline<'_> {
             if self.resume && place.join("summary.json").is_file() {
                 continue;
             }
+            if labels_withheld(&self.plan.data, split)? {
+                log::info!("labels of {split} are withheld: nothing is scored on it");
+                continue;
+            }
             let Some(dataset) = open_split(&self.plan.data, split)? else { continue };
             let started = Instant::now();
             let keep = if split == Split::Val { gallery_indices(dataset.len()) } else { Vec::new() };
@@ -259,6 +263,9 @@ pub(crate) fn evaluate_into(
     let c = &model.config;
     let scores = done.confusion.scores();
     let split = dataset.split().to_string();
+    if scores.n_pixels == 0 {
+        return Err(nothing_to_score(&format!("{} {split}", dataset.id())));
+    }
     let row = ResultRow::new(&c.method, &c.role, &c.model.encoder, &split, c.seed, &scores, done.n_images)
         .with_size(c.params as u64, c.macs);
     let summary = Summary {
@@ -274,6 +281,14 @@ pub(crate) fn evaluate_into(
         write_evaluation(&summary, &done.confusion, place)?;
     }
     Ok(summary)
+}
+
+/// The error of labels without a single pixel of a class, on which every score would be no number.
+pub(crate) fn nothing_to_score(labels: &str) -> anyhow::Error {
+    let why = anyhow::anyhow!(
+        "no pixel of {labels} belongs to a class: there is nothing to score\n  hint: publishers that withhold labels, as Cityscapes those of test, fill label files with void; evaluate on val"
+    );
+    coded(DATA, why)
 }
 
 /// Writes summary.json, per_class.csv and confusion.csv; the summary last, so that it marks a whole evaluation.

@@ -14,7 +14,7 @@ use segdistill_eval::table::{
     write_atomic, write_csv,
 };
 
-use crate::commands::SPLITS;
+use crate::commands::{SPLITS, labels_withheld};
 use crate::exit::{UNAVAILABLE, coded, usage};
 use crate::pipeline::{MODE, finished_stages, stage_label, training_time};
 use crate::recipe::{DataPlan, Plan};
@@ -321,5 +321,9 @@ fn notes(plan: &Plan) -> Vec<String> {
                 .to_string(),
         );
     }
+    let withheld = SPLITS.into_iter().filter(|split| labels_withheld(&plan.data, *split).unwrap_or(false));
+    notes.extend(withheld.map(|split| {
+        format!("Labels of {split} are withheld by the publishers of the data set: nothing is scored on {split} here.")
+    }));
     notes
 }

@@ -135,6 +135,23 @@ pub(crate) fn need_split(data: &DataPlan, split: Split) -> Result<Arc<dyn Datase
     Ok(opened)
 }
 
+/// Whether the publishers keep the labels of `split` to themselves, so that nothing can be scored on it.
+pub(crate) fn labels_withheld(data: &DataPlan, split: Split) -> Result<bool> {
+    let DataPlan::Files { dataset, .. } = data else { return Ok(false) };
+    let manifest = Manifest::named(dataset).map_err(|e| coded(USAGE, e))?;
+    Ok(manifest.splits.get(&split).is_some_and(|s| s.labels_withheld))
+}
+
+/// One split that must be there and have labels to score against.
+pub(crate) fn need_labelled_split(data: &DataPlan, split: Split) -> Result<Arc<dyn Dataset>> {
+    if labels_withheld(data, split)? {
+        return Err(usage!(
+            "labels of split {split} are withheld by the publishers of the data set: nothing can be scored on it here\n  hint: evaluate on val, or send what `predict` writes to the benchmark's server"
+        ));
+    }
+    need_split(data, split)
+}
+
 #[cfg(test)]
 mod tests {
     use segdistill_data::preview::{write_label_png, write_png};

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 
-use segdistill_data::LabelMap;
 use segdistill_data::preview::{overlay, read_image, write_label_png, write_png};
+use segdistill_data::{LabelMap, Manifest};
 use segdistill_eval::predict_labels;
 use segdistill_eval::table::write_atomic;
 use segdistill_models::weights::WeightFile;
@@ -99,6 +99,8 @@ pub(crate) fn run(args: &Predict) -> Result<()> {
     let jobs = jobs(&files, out)?;
     let model = read_final(&args.model, &device)?;
     let classes = class_table(&model.config);
+    let of_same_classes = |m: &Manifest| m.classes.n_classes() == classes.n_classes();
+    let manifest = Manifest::named(&model.config.dataset).ok().filter(of_same_classes);
     fs_err::create_dir_all(out)?;
     let mut progress = Progress::new("predict", jobs.len() as u64, "images");
     let mut logits_by_name = BTreeMap::new();
@@ -110,8 +112,13 @@ pub(crate) fn run(args: &Predict) -> Result<()> {
         let logits = model.logits(&image_tensor(&[&image], model.config.input_size, &device)?)?;
         let ids = predict_labels(&logits, hw)?.into_iter().next().unwrap_or_default();
         let labels = LabelMap { height: hw[0], width: hw[1], ids };
-        write_label_png(&job.labels, &labels)?;
         write_png(&job.overlay, &overlay(&image, &labels, &classes, 0.5)?)?;
+        // As the data set's own label files, so that `eval --predictions` and a benchmark's server read them alike.
+        let labels = match &manifest {
+            Some(manifest) => manifest.labels_from_ids(labels),
+            None => labels,
+        };
+        write_label_png(&job.labels, &labels)?;
         if args.save_logits.is_some() {
             held += model.config.classes.len() * hw[0] * hw[1] * size_of::<f32>();
             if held > MOST_LOGITS {

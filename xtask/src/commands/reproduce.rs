@@ -145,6 +145,11 @@ fn dry_run(plan: &Plan, device: &Device, json: bool) -> Result<()> {
             duration(*seconds)
         );
     }
+    for (whose, what, name) in plan.weights_by_name() {
+        println!(
+            "\n{whose}: {what} `{name}`, from the hub's cache or fetched when the run starts; a dry run fetches nothing"
+        );
+    }
     println!(
         "\ntraining takes about {} here in {}{}, evaluation comes on top (from one measured step of each network)",
         duration(total),
@@ -163,13 +168,17 @@ struct Cost {
     step: f64,
 }
 
+/// Pixels of the crops of a measured step, about: large crops are few, so that a dry run fits where the run would not.
+const MEASURED_PIXELS: usize = 4 * 360 * 480;
+
 /// Times a training step of a few crops: the fastest of three after one that warms up, or the second where steps are slow.
 fn measure(stage: &Stage, device: &Device) -> Result<Cost> {
     const SLOW: f64 = 5.0;
     let store = ParamStore::trainable(0, DType::F32, device).with_precision(stage.precision);
     let network = build(&stage.model, &store)?;
     let [h, w] = stage.input.crop;
-    let n_images = stage.batch_size.min(4);
+    // Two at least, where the batch has them: a normalisation after pooling to one pixel needs more than one value.
+    let n_images = (MEASURED_PIXELS / (h * w).max(1)).clamp(2, 4).min(stage.batch_size);
     let mut stream = Stream::new(0, "dry-run", &[]);
     let values: Vec<f32> = (0..n_images * 3 * h * w).map(|_| stream.unit() as f32).collect();
     let images = Tensor::from_vec(values, (n_images, 3, h, w), device)?;

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use segdistill_data::{Manifest, Split};
 use segdistill_train::Stage;
 
-use super::{Read, Recipe, Start, whole};
+use super::{Fills, Read, Recipe, Start, whole};
 use crate::cli::RecipeArgs;
 use crate::commands::need_split;
 use crate::exit::{UNAVAILABLE, USAGE, coded, usage};
@@ -199,6 +199,19 @@ impl Plan {
         }
     }
 
+    /// Weights that are no path of this machine but names of the hub's: whose, what they fill, and the name.
+    pub(crate) fn weights_by_name(&self) -> Vec<(&'static str, &'static str, String)> {
+        let given =
+            self.teacher_weights.as_ref().map(|path| ("teacher", "weights", path.to_string_lossy().into_owned()));
+        let started = std::iter::once(("teacher", &self.teacher)).chain(self.students.first().map(|s| ("students", s)));
+        let started = started.filter_map(|(whose, stage)| {
+            let start = self.start_of(stage)?;
+            let what = if start.fills == Fills::Encoder { "encoder weights" } else { "weights" };
+            Some((whose, what, start.from.clone()))
+        });
+        given.into_iter().chain(started).filter(|(_, _, name)| !Path::new(name).exists()).collect()
+    }
+
     /// Name of the kernels that carry out the precision on this processor; `None` on CUDA, where they are cuDNN's.
     pub(crate) fn kernels(&self) -> Option<&'static str> {
         (self.device == "cpu").then(|| self.teacher.precision.on_cpu().ok()).flatten()
@@ -345,8 +358,7 @@ mod tests {
     #[test]
     fn every_embedded_recipe_resolves() {
         for (name, _) in super::super::layers::EMBEDDED {
-            // Cityscapes itself cannot be read yet: its recipes are held to every other key.
-            let mut args = args(name, if name.starts_with("cityscapes") { &["dataset=camvid"] } else { &[] });
+            let mut args = args(name, &[]);
             if name.starts_with("camvid") || name.starts_with("cityscapes") {
                 args.data_root = Some(std::env::temp_dir());
             }
@@ -360,7 +372,7 @@ mod tests {
     #[test]
     fn weights_of_recipes_reach_the_stages_they_are_for() {
         let resolve = |name: &str, set: &[&str]| {
-            let mut args = args(name, &[&["dataset=camvid"], set].concat());
+            let mut args = args(name, set);
             args.data_root = Some(std::env::temp_dir());
             Plan::resolve(&args)
         };
@@ -374,6 +386,11 @@ mod tests {
         assert_eq!(from(given.start_of(&given.teacher)), None);
         assert_eq!((given.teacher.model.name.as_str(), given.teacher.model.decoder_channels), ("segformer", 768));
         assert_eq!(given.weights_lock, Path::new("weights.lock"));
+        let DataPlan::Files { dataset, .. } = &given.data else { panic!("{:?}", given.data) };
+        assert_eq!((dataset.as_str(), given.students[0].model.n_classes), ("cityscapes", 19));
+        let named = |plan: &Plan| plan.weights_by_name().into_iter().map(|(_, _, name)| name).collect::<Vec<_>>();
+        assert_eq!(named(&patent), ["timm/xception65.tf_in1k", "timm/resnet34"]);
+        assert_eq!(named(&given), ["smp-hub/segformer-b2-1024x1024-city-160k", "timm/resnet34"]);
         let absent = resolve("cityscapes", &["student.encoder_weights=timm/resnet340"]).unwrap_err();
         assert_eq!(crate::exit::code_of(&absent), crate::exit::UNAVAILABLE);
         let both = resolve("cityscapes", &["student.weights=timm/resnet34"]).unwrap_err();

@@ -11,7 +11,7 @@ use segdistill_data::{Manifest, Split};
 
 use crate::cli::DeviceArgs;
 use crate::commands::eval::data_of;
-use crate::commands::{data_root, device, device_name, need_split};
+use crate::commands::{data_root, device, device_name, need_labelled_split};
 use crate::exit::{OUT_OF_BAND, USAGE, coded, usage};
 use crate::pipeline::evaluate_into;
 use crate::recipe::DataPlan;
@@ -23,6 +23,7 @@ Examples:
   cargo xtask weights verify runs/camvid-quick/teacher
   cargo xtask weights verify imported --dataset camvid --data-root ../shared/camvid --miou 0.70
   cargo xtask weights verify teacher --dataset camvid --split test --miou 0.6984 --tolerance 0.005 --json
+  cargo xtask weights verify segformer --dataset cityscapes --data-root DIR
 
 Exit code 5 when the mIoU lies further from the stated one than the tolerance.")]
 pub(crate) struct Verify {
@@ -75,7 +76,7 @@ pub(crate) fn run(args: &Verify) -> Result<()> {
         None => data_of(&args.model, args.data_root.clone())?,
         Some(id) => plan_of(id, args.data_root.clone())?,
     };
-    let dataset = need_split(&data, split)?;
+    let dataset = need_labelled_split(&data, split)?;
     let n_classes = dataset.classes().n_classes();
     if n_classes != config.model.n_classes || (!config.dataset.is_empty() && config.dataset != dataset.id()) {
         return Err(usage!(
