@@ -2,8 +2,6 @@
 
 use ureq::http::Uri;
 
-use super::names::shown_up_to;
-
 /// An `http` or `https` address with a host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Address(Uri);
@@ -63,11 +61,11 @@ impl Address {
         self.0.to_string()
     }
 
-    /// For messages: without the query, where signed addresses carry their signature.
-    pub(super) fn shown(&self) -> String {
+    /// Without the query, where signed addresses carry their signature.
+    pub(super) fn without_query(&self) -> String {
         let scheme = self.0.scheme_str().unwrap_or_default();
         let authority = self.0.authority().map_or("", |a| a.as_str());
-        shown_up_to(&format!("{scheme}://{authority}{}", self.0.path()), 300)
+        format!("{scheme}://{authority}{}", self.0.path())
     }
 }
 
@@ -91,7 +89,7 @@ mod tests {
         {
             assert_eq!(from.join(bad), None, "{bad}");
         }
-        assert_eq!(Address::parse("https://cdn.net/a?sig=secret").unwrap().shown(), "https://cdn.net/a");
+        assert_eq!(Address::parse("https://cdn.net/a?sig=secret").unwrap().without_query(), "https://cdn.net/a");
     }
 
     #[test]

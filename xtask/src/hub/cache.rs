@@ -45,6 +45,49 @@ pub(super) fn digest(file: &mut impl Read) -> std::io::Result<(Sha256, u64)> {
     }
 }
 
+/// Id of the git blob that holds the bytes of `path`: how the hub names files that git itself keeps.
+pub(super) fn git_id(path: &Path) -> std::io::Result<String> {
+    let mut file = fs_err::File::open(path)?;
+    let mut hasher = sha1::Sha1::new_with_prefix(format!("blob {}\0", file.metadata()?.len()));
+    let mut buffer = vec![0; CHUNK];
+    loop {
+        match file.read(&mut buffer) {
+            Ok(0) => return Ok(hasher.finalize().iter().map(|b| format!("{b:02x}")).collect()),
+            Ok(n) => hasher.update(&buffer[..n]),
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+}
+
+/// A hash that the bytes of a file should have, and the one they have.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Promise {
+    /// `sha256` or `git id`.
+    pub(super) kind: &'static str,
+    /// The hash of the bytes.
+    pub(super) found: String,
+    /// The hash they should have: the name of the blob.
+    pub(super) expected: String,
+}
+
+impl Promise {
+    /// What the blob called `name` promises of the bytes of `path`, whose sha256 is known; `None` for another name.
+    pub(super) fn of(name: &str, path: &Path, sha256: &str) -> std::io::Result<Option<Self>> {
+        let (kind, found) = match name {
+            name if names::is_sha256(name) => ("sha256", sha256.to_string()),
+            name if names::is_git_id(name) => ("git id", git_id(path)?),
+            _ => return Ok(None),
+        };
+        Ok(Some(Self { kind, found, expected: name.to_string() }))
+    }
+
+    /// Whether the bytes are the promised ones.
+    pub(super) fn is_kept(&self) -> bool {
+        self.found == self.expected
+    }
+}
+
 /// What a file on disk turned out to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct OnDisk {
@@ -52,13 +95,22 @@ pub(super) struct OnDisk {
     pub(super) sha256: String,
     /// Bytes.
     pub(super) size: u64,
-    /// sha256 that the name of its blob promises.
-    pub(super) promised: Option<String>,
+    /// What the name of its blob promises.
+    pub(super) promise: Option<Promise>,
 }
 
 impl OnDisk {
     /// Reads the whole file; `None` when there is none.
     pub(super) fn of(path: &Path) -> Result<Option<Self>> {
+        // A blob may itself be a link, into the store that newer versions of huggingface_hub share between repositories:
+        // its own name counts, not that of what it leads to.
+        let name = |path: &Path| path.file_name().and_then(|n| names::blob(n.to_str()?));
+        let blob = name(path).or_else(|| name(&fs_err::read_link(path).ok()?));
+        Self::named(path, blob.as_deref().unwrap_or_default())
+    }
+
+    /// As [`OnDisk::of`], held to the blob called `blob` whatever its own name is.
+    pub(super) fn named(path: &Path, blob: &str) -> Result<Option<Self>> {
         let mut file = match fs_err::File::open(path) {
             Ok(file) => file,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
@@ -68,17 +120,14 @@ impl OnDisk {
             return Ok(None);
         }
         let (hasher, size) = digest(&mut file)?;
-        // A blob may itself be a link, into the store that newer versions of huggingface_hub share between repositories:
-        // its own name counts, not that of what it leads to.
-        let name =
-            |path: &Path| path.file_name().and_then(|n| n.to_str()).filter(|n| names::is_sha256(n)).map(str::to_string);
-        let promised = name(path).or_else(|| name(&fs_err::read_link(path).ok()?));
-        Ok(Some(Self { sha256: hex(hasher), size, promised }))
+        let sha256 = hex(hasher);
+        let promise = Promise::of(blob, path, &sha256)?;
+        Ok(Some(Self { sha256, size, promise }))
     }
 
     /// Whether the bytes are those its name promises, as far as it promises any.
     pub(super) fn is_whole(&self) -> bool {
-        self.promised.as_ref().is_none_or(|p| *p == self.sha256)
+        self.promise.as_ref().is_none_or(Promise::is_kept)
     }
 }
 
@@ -234,7 +283,15 @@ mod tests {
     fn a_blob_that_is_not_what_its_name_says_is_not_whole() {
         let dir = tempfile::tempdir().unwrap();
         let sha = hex(Sha256::new_with_prefix("bytes"));
-        for (name, whole) in [(sha.clone(), true), ("5".repeat(64), false), ("5".repeat(40), true)] {
+        // As `git hash-object` has it.
+        let git = "b6862c638cdf872a1946aeff705f4b4d90f71f41";
+        for (name, whole) in [
+            (sha.clone(), true),
+            ("5".repeat(64), false),
+            (git.into(), true),
+            ("5".repeat(40), false),
+            ("model.safetensors".into(), true),
+        ] {
             let path = dir.path().join(&name);
             fs_err::write(&path, "bytes").unwrap();
             let found = OnDisk::of(&path).unwrap().unwrap();

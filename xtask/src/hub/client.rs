@@ -19,6 +19,8 @@ use super::settings::Settings;
 const MAX_HOPS: usize = 6;
 /// Largest file that is downloaded, in bytes.
 const MAX_BYTES: u64 = 1 << 34;
+/// As it stands in messages.
+const AT_MOST: &str = "bytes, at most 16 GiB";
 
 /// A file of a repository at a revision, each of them checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,7 +70,8 @@ pub(crate) struct Remote {
     pub(crate) blob: String,
     /// Bytes, where the hub says it.
     pub(crate) size: Option<u64>,
-    address: Address,
+    /// Where the bytes are.
+    pub(super) address: Address,
 }
 
 /// The next bytes of a body, 0 at its end.
@@ -174,7 +177,8 @@ impl<'s> HttpHub<'s> {
     }
 
     fn url(&self, address: &Address) -> String {
-        self.without_token(&address.shown())
+        // Cut afterwards: half a token would not be found.
+        names::shown_up_to(&self.without_token(&address.without_query()), 300)
     }
 
     /// The token where it belongs: on the hub's own host, and past nobody's eyes.
@@ -222,11 +226,14 @@ impl<'s> HttpHub<'s> {
                 let token = match (&self.settings.token, self.secret_for(address)) {
                     (None, _) => "no token is set",
                     (Some(_), Some(_)) => "the token that is set was sent",
-                    (Some(_), None) => {
-                        "the token that is set was kept back, since it goes to the hub's own host over https only"
-                    }
+                    (Some(_), None) => "the token that is set was kept back, since it goes over https only",
                 };
-                HubError::Denied { what, url, status, token }
+                let hint = if address.same_origin(&self.home) {
+                    format!("accept its licence on the hub and set HF_TOKEN; {token}")
+                } else {
+                    "this is another host than the hub, which sent on to it: its address may be too old by now, or a proxy refuses it; fetch again".into()
+                };
+                HubError::Denied { what, url, status, hint }
             }
             status @ (408 | 429 | 500..=599) => {
                 let wait = text(headers, "retry-after").and_then(|t| t.trim().parse().ok()).map(Duration::from_secs);
@@ -287,16 +294,19 @@ fn is_redirect(status: StatusCode) -> bool {
     matches!(status.as_u16(), 301 | 302 | 303 | 307 | 308)
 }
 
-/// Headers of a description, gathered over its redirects: the first that says a thing is the hub itself.
+/// What the hub itself says of a file, gathered over the redirects on its own host.
 #[derive(Default)]
 struct Gathered {
     commit: Option<String>,
     linked_etag: Option<String>,
     linked_size: Option<String>,
+    /// ETag and length of the last answer: those of the way there are of pages nobody reads.
+    etag: Option<String>,
+    length: Option<String>,
 }
 
 impl Gathered {
-    fn add(&mut self, headers: &HeaderMap) {
+    fn add(&mut self, headers: &HeaderMap, redirect: bool) {
         let first = |slot: &mut Option<String>, name: &str| {
             if slot.is_none() {
                 *slot = text(headers, name);
@@ -305,7 +315,14 @@ impl Gathered {
         first(&mut self.commit, "x-repo-commit");
         first(&mut self.linked_etag, "x-linked-etag");
         first(&mut self.linked_size, "x-linked-size");
+        self.etag = text(headers, "etag");
+        self.length = text(headers, "content-length").filter(|_| !redirect);
     }
+}
+
+/// A length that a file may have.
+fn length(text: &str) -> Option<u64> {
+    text.trim().parse().ok().filter(|n| *n <= MAX_BYTES)
 }
 
 impl Hub for HttpHub<'_> {
@@ -319,36 +336,15 @@ impl Hub for HttpHub<'_> {
             if !redirect && status != StatusCode::OK {
                 return Err(self.refused(file, &address, status, headers));
             }
-            seen.add(headers);
+            seen.add(headers, redirect);
             let next = if redirect { Some(self.next(file, &address, headers)?) } else { None };
-            // Another host may refuse to be asked twice; the hub itself has said everything.
-            let away = next.as_ref().is_some_and(|n| !n.same_origin(&self.home));
-            let told = seen.commit.is_some() && seen.linked_etag.is_some();
-            if let Some(next) = next.clone().filter(|_| !(away && told)) {
+            // The first answer that is not a step on the hub's own host is its last word: another host may refuse to be
+            // asked twice, and what it says of commit and hash is not the hub's.
+            if let Some(next) = next.clone().filter(|next| next.same_origin(&self.home)) {
                 address = next;
                 continue;
             }
-            let commit = |t: &str| names::is_commit(t.trim()).then(|| t.trim().to_string());
-            let commit =
-                self.need(file, &address, "X-Repo-Commit", seen.commit.as_deref(), commit, "40 hexadecimal digits")?;
-            let etag = seen.linked_etag.clone().or_else(|| text(headers, "etag"));
-            let blob = self.need(
-                file,
-                &address,
-                "ETag",
-                etag.as_deref(),
-                names::blob,
-                "40 or 64 hexadecimal digits, the hash of the file",
-            )?;
-            let length = seen.linked_size.clone().or_else(|| text(headers, "content-length").filter(|_| !redirect));
-            let size = match length {
-                Some(length) => {
-                    let whole = |t: &str| t.trim().parse::<u64>().ok().filter(|n| *n <= MAX_BYTES);
-                    Some(self.need(file, &address, "length", Some(&length), whole, "bytes, at most 16 GiB")?)
-                }
-                None => None,
-            };
-            return Ok(Remote { commit, blob, size, address: next.unwrap_or(address) });
+            return self.described(file, &address, seen, next);
         }
         Err(self.too_many(file, &address))
     }
@@ -367,12 +363,22 @@ impl Hub for HttpHub<'_> {
                 self.need(file, &address, "Content-Encoding", Some(&encoding), plain, "the bytes themselves")?;
             }
             let (begins, total) = match status.as_u16() {
-                200 => (0, text(headers, "content-length").and_then(|t| t.trim().parse().ok())),
+                200 => {
+                    let said = text(headers, "content-length");
+                    let total = said.map(|said| self.need(file, &address, "length", Some(&said), length, AT_MOST));
+                    (0, total.transpose()?)
+                }
                 206 if from > 0 => {
-                    let range = text(headers, "content-range");
-                    let ours = |t: &str| content_range(t).filter(|(begins, _)| *begins == from);
-                    let expected = format!("bytes from {from} to the end");
-                    self.need(file, &address, "Content-Range", range.as_deref(), ours, &expected)?
+                    let range = text(headers, "content-range").unwrap_or_default();
+                    match content_range(&range).filter(|(begins, _)| *begins == from) {
+                        Some(ours) => ours,
+                        // Another part than was asked for is of no use: the whole file then.
+                        None => {
+                            let url = self.url(&address);
+                            log::debug!("{url}: asked from byte {from} on, got `{}`", self.shown(&range));
+                            return self.open(file, remote, 0);
+                        }
+                    }
                 }
                 // What was kept is longer than the file: begin again.
                 416 if from > 0 => return self.open(file, remote, 0),
@@ -390,6 +396,20 @@ impl Hub for HttpHub<'_> {
 }
 
 impl HttpHub<'_> {
+    /// The description that the hub's own words amount to; the bytes are at `next`, where it sent on, or at `address`.
+    fn described(&self, file: &HubFile, address: &Address, seen: Gathered, next: Option<Address>) -> Result<Remote> {
+        let commit = |t: &str| names::is_commit(t.trim()).then(|| t.trim().to_string());
+        let commit =
+            self.need(file, address, "X-Repo-Commit", seen.commit.as_deref(), commit, "40 hexadecimal digits")?;
+        let etag = seen.linked_etag.or(seen.etag);
+        let hash = "40 or 64 hexadecimal digits, the hash of the file";
+        let blob = self.need(file, address, "ETag", etag.as_deref(), names::blob, hash)?;
+        // Some servers say 0 of every body they do not send.
+        let said = seen.linked_size.or(seen.length).filter(|said| said.trim() != "0");
+        let size = said.map(|said| self.need(file, address, "length", Some(&said), length, AT_MOST)).transpose()?;
+        Ok(Remote { commit, blob, size, address: next.unwrap_or_else(|| address.clone()) })
+    }
+
     fn too_many(&self, file: &HubFile, address: &Address) -> HubError {
         HubError::Answer {
             what: file.what(),
@@ -407,7 +427,7 @@ fn content_range(text: &str) -> Option<(u64, Option<u64>)> {
     let (begins, last): (u64, u64) = (begins.trim().parse().ok()?, last.trim().parse().ok()?);
     let total = match total.trim() {
         "*" => None,
-        total => Some(total.parse::<u64>().ok().filter(|t| last.checked_add(1) == Some(*t))?),
+        total => Some(length(total).filter(|t| last.checked_add(1) == Some(*t))?),
     };
     (begins <= last).then_some((begins, total))
 }

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use sha2::{Digest, Sha256};
 
-use super::cache::{self, CHUNK, RepoCache};
+use super::cache::{self, CHUNK, Promise, RepoCache};
 use super::client::{Hub, HubFile, Opened, Remote};
 use super::error::{HubError, Result};
 use super::file_format;
@@ -15,6 +15,10 @@ use crate::progress::Progress;
 
 /// Bytes after which a broken download counts as one that gets on: its tries begin anew.
 const GETS_ON: u64 = 1 << 20;
+/// Most tries of one download, also of one that gets on.
+const MAX_TRIES: u32 = 100;
+/// Most bytes that are taken of a body when nobody has said how long it is.
+pub(super) const UNANNOUNCED: u64 = 1 << 30;
 
 /// Runs `step` until it succeeds, fails for good, or has failed for a while too often.
 pub(super) fn patiently<T>(patience: &Patience, mut step: impl FnMut() -> Result<T>) -> Result<T> {
@@ -58,10 +62,12 @@ pub(super) struct Download<'a> {
     pub(super) file: &'a HubFile,
     /// What the hub says it is.
     pub(super) remote: &'a Remote,
-    /// sha256 that it must have, where one is known.
+    /// sha256 that it must have, where one is known; else the name of the blob says its hash.
     pub(super) sha256: Option<&'a str>,
     /// Bytes that it must have, where they are known.
     pub(super) size: Option<u64>,
+    /// Most bytes that it may have where they are not: [`UNANNOUNCED`].
+    pub(super) unannounced: u64,
     /// Where it goes.
     pub(super) cache: &'a RepoCache,
     /// How long, how often.
@@ -69,15 +75,15 @@ pub(super) struct Download<'a> {
 }
 
 impl Download<'_> {
-    /// Downloads, checks and names the blob. What was kept of an earlier download is continued when the hash can tell
-    /// afterwards whether it belonged to it; if it did not, the download begins once more.
+    /// Downloads, checks and names the blob. What was kept of an earlier download is continued: the hash tells afterwards
+    /// whether it belonged to it; if it did not, the download begins once more.
     ///
     /// # Errors
     /// What the hub says, after the last try; `Content` and `Format` for bytes that are not the promised ones. What has
     /// come of a broken download stays for the next one; what is wrong is removed.
     pub(super) fn run(&self) -> Result<Downloaded> {
         let mut partial = Partial::open(self.cache.incomplete(&self.remote.blob))?;
-        if partial.len > 0 && (self.sha256.is_none() || self.size.is_some_and(|size| partial.len > size)) {
+        if self.size.is_some_and(|size| partial.len > size) {
             partial.restart()?;
         }
         let mut inherited = partial.len > 0;
@@ -113,24 +119,22 @@ impl Download<'_> {
 
     /// Receives bytes until the body has ended, continuing where it broke.
     fn receive(&self, partial: &mut Partial, progress: &mut Progress) -> Result<()> {
-        let (mut failed, mut mark) = (0, partial.len);
+        let (mut failed, mut tries, mut mark) = (0, 0, partial.len);
         // A whole file that was never named, by a process that was ended then.
         while self.size.is_none_or(|size| partial.len < size) || partial.len == 0 {
             let opened = self.hub.open(self.file, self.remote, partial.len);
             let Err(error) = opened.and_then(|opened| self.pour(opened, partial, progress)) else { return Ok(()) };
-            if !error.is_transient() {
+            tries += 1;
+            if !error.is_transient() || tries >= MAX_TRIES {
                 return Err(error);
             }
             if partial.len >= mark.saturating_add(GETS_ON) {
                 failed = 0;
             }
-            mark = partial.len;
+            // What came at most: a server that begins anew each time does not get on by ending sooner before.
+            mark = mark.max(partial.len);
             failed += 1;
             pause(&self.patience, failed, error)?;
-            if self.sha256.is_none() {
-                // Without a hash nobody could tell whether two halves belong together.
-                partial.restart()?;
-            }
         }
         Ok(())
     }
@@ -150,7 +154,8 @@ impl Download<'_> {
         if opened.from != partial.len {
             partial.restart()?;
         }
-        let most = self.size.or(opened.total);
+        let announced = self.size.or(opened.total);
+        let most = announced.unwrap_or(self.unannounced);
         let mut buffer = vec![0; CHUNK];
         let (mut window, mut in_window) = (Instant::now(), 0);
         loop {
@@ -159,19 +164,18 @@ impl Download<'_> {
                 break;
             }
             partial.push(&buffer[..n])?;
-            if let Some(most) = most.filter(|most| partial.len > *most) {
-                let found = format!("more than {most}");
-                return Err(self.content(
-                    "size",
-                    found,
-                    most.to_string(),
-                    "the hub sends more than the file; try again later",
-                ));
+            if partial.len > most {
+                let expected = match announced {
+                    Some(size) => size.to_string(),
+                    None => format!("at most {most} where the hub does not say how many"),
+                };
+                let hint = "the hub sends more than the file; try again later";
+                return Err(self.content("size", format!("more than {most}"), expected, hint));
             }
             progress.set(partial.len / 1024, String::new);
             in_window += n as u64;
             if window.elapsed() >= self.patience.stall {
-                let done = most == Some(partial.len);
+                let done = announced == Some(partial.len);
                 if in_window < self.patience.least_bytes && !done {
                     let waited = format!("only {in_window} bytes came within {:?}", window.elapsed());
                     return Err(HubError::Timeout { what: self.file.what(), url: self.file.repo().into(), waited });
@@ -179,11 +183,11 @@ impl Download<'_> {
                 (window, in_window) = (Instant::now(), 0);
             }
         }
-        match most {
-            Some(most) if partial.len < most => Err(HubError::Network {
+        match announced {
+            Some(size) if partial.len < size => Err(HubError::Network {
                 what: self.file.what(),
                 url: self.file.repo().into(),
-                reason: format!("the body ended after {} of {most} bytes", partial.len),
+                reason: format!("the body ended after {} of {size} bytes", partial.len),
             }),
             _ => Ok(()),
         }
@@ -192,9 +196,10 @@ impl Download<'_> {
     /// Hash and format of what has come.
     fn check(&self, partial: &Partial) -> Result<String> {
         let sha256 = cache::hex(partial.hasher.clone());
-        if let Some(expected) = self.sha256.filter(|expected| **expected != sha256) {
+        let promise = Promise::of(self.sha256.unwrap_or(&self.remote.blob), &partial.path, &sha256)?;
+        if let Some(Promise { kind, found, expected }) = promise.filter(|promise| !promise.is_kept()) {
             let hint = "the file was damaged on its way, or is another one; nothing of it was kept, so try again";
-            return Err(self.content("sha256", sha256, expected.to_string(), hint));
+            return Err(self.content(kind, found, expected, hint));
         }
         file_format::check(&partial.path, self.file.file())?;
         Ok(sha256)
@@ -261,5 +266,87 @@ impl Partial {
             fs_err::File::open(folder)?.sync_all()?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+    use std::path::Path;
+    use std::time::Duration;
+
+    use super::super::address::Address;
+    use super::*;
+
+    /// A hub whose every body is zeros: `body` says how many come of the one that is sent, and its announced length.
+    struct Zeros<F> {
+        body: F,
+        opened: Cell<u64>,
+    }
+
+    impl<F: Fn(u64) -> (u64, Option<u64>)> Hub for Zeros<F> {
+        fn describe(&self, _: &HubFile) -> Result<Remote> {
+            unreachable!("described by the test")
+        }
+
+        fn open<'a>(&'a self, file: &'a HubFile, _: &Remote, from: u64) -> Result<Opened<'a>> {
+            let n = self.opened.get();
+            self.opened.set(n + 1);
+            let (mut left, total) = (self.body)(n);
+            let bytes = move |buffer: &mut [u8]| match left.min(buffer.len() as u64) {
+                0 => Err(HubError::Network { what: file.what(), url: "zeros".into(), reason: "cut".into() }),
+                n => {
+                    left -= n;
+                    buffer[..n as usize].fill(0);
+                    Ok(n as usize)
+                }
+            };
+            Ok(Opened { from, total, bytes: Box::new(bytes) })
+        }
+    }
+
+    /// Downloads without a known size; the error, how many bodies were opened, and what is left of the file.
+    fn download(folder: &Path, body: impl Fn(u64) -> (u64, Option<u64>)) -> (HubError, u64, Option<u64>) {
+        let file = HubFile::new("org/name", "f", "main").unwrap();
+        let (cache, hub) = (RepoCache::new(folder, &file), Zeros { body, opened: Cell::new(0) });
+        let address = Address::parse("http://127.0.0.1/f").unwrap();
+        let remote = Remote { commit: "0".repeat(40), blob: "5".repeat(64), size: None, address };
+        let patience = Patience::of(Duration::from_secs(9), Duration::from_millis(1), 2);
+        let download = Download {
+            hub: &hub,
+            file: &file,
+            remote: &remote,
+            sha256: None,
+            size: None,
+            unannounced: 4 << 20,
+            cache: &cache,
+            patience,
+        };
+        let error = download.run().err().unwrap();
+        let left = fs_err::metadata(cache.incomplete(&remote.blob)).ok().map(|meta| meta.len());
+        (error, hub.opened.get(), left)
+    }
+
+    #[test]
+    fn a_body_without_end_or_length_is_left_and_not_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let (error, opened, left) = download(dir.path(), |_| (u64::MAX, None));
+        assert!(matches!(&error, HubError::Content { field: "size", .. }), "{error}");
+        assert!(error.to_string().contains("at most 4194304 where the hub does not say"), "{error}");
+        assert_eq!((opened, left), (1, None));
+    }
+
+    #[test]
+    fn a_download_that_gets_on_a_little_each_time_ends_too() {
+        let dir = tempfile::tempdir().unwrap();
+        let (error, opened, left) = download(dir.path(), |_| (GETS_ON, Some(1 << 34)));
+        assert!(matches!(error, HubError::Network { .. }), "{error}");
+        assert_eq!((opened, left), (u64::from(MAX_TRIES), Some(u64::from(MAX_TRIES) * GETS_ON)));
+        // What was kept stays for the next run; one that brings nothing is left after three tries.
+        assert_eq!(download(dir.path(), |_| (0, Some(1 << 34))).1, 3);
+        // Too much of it for a body of no announced length: the hash cannot be told by then, so from the beginning, once.
+        let (error, opened, left) = download(dir.path(), |_| (u64::MAX, None));
+        assert!(matches!(error, HubError::Content { .. }), "{error}");
+        assert_eq!((opened, left), (2, None));
     }
 }

@@ -57,9 +57,7 @@ pub(crate) enum HubError {
         url: String,
     },
     /// The hub wants to know who asks.
-    #[error(
-        "{what} is not open to this user: {url} answered {status}\n  hint: accept its licence on the hub and set HF_TOKEN; {token}"
-    )]
+    #[error("{what} is not open to this user: {url} answered {status}\n  hint: {hint}")]
     Denied {
         /// File, repository, revision.
         what: String,
@@ -67,8 +65,8 @@ pub(crate) enum HubError {
         url: String,
         /// 401 or 403.
         status: u16,
-        /// Whether a token was sent.
-        token: &'static str,
+        /// The way out: whether a token was sent, and to whom.
+        hint: String,
     },
     /// The hub is too busy or broken for now.
     #[error("{what}: {url} answered {status}{}\n  hint: try again later; or {BY_HAND}", waiting(*retry_after))]
@@ -137,7 +135,7 @@ pub(crate) enum HubError {
         what: String,
         /// The file.
         place: PathBuf,
-        /// `sha256` or `size`.
+        /// `sha256`, `git id` or `size`.
         field: &'static str,
         /// What it is.
         found: String,
@@ -186,6 +184,17 @@ pub(crate) enum HubError {
         lock: PathBuf,
         /// How long was waited.
         waited: Duration,
+    },
+    /// The lock file can be neither read nor written.
+    #[error(
+        "lock file `{}`: {reason}\n  hint: `--lock FILE` names another place; that of a recipe lies beside the recipe",
+        path.display()
+    )]
+    LockFile {
+        /// The lock file.
+        path: PathBuf,
+        /// What the disk said.
+        reason: String,
     },
     /// The disk.
     #[error("{0}\n  hint: is there room, and may this user write there? HF_HUB_CACHE names another place")]

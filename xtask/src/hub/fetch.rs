@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use super::Wanted;
-use super::cache::{OnDisk, RepoCache};
+use super::cache::{OnDisk, Promise, RepoCache};
 use super::client::{HttpHub, Hub, HubFile, Remote};
-use super::download::{Download, patiently};
+use super::download::{Download, UNANNOUNCED, patiently};
 use super::error::{HubError, Result};
 use super::file_format;
 use super::lock::{Lock, PIN_HINT, Pin};
@@ -53,6 +53,9 @@ fn fetch_from(wanted: &Wanted<'_>, lock: &Path, settings: &Settings, hub: &dyn H
     let weights = registry::named(wanted.name)?;
     let mut lock_file = Lock::read(lock)?;
     let plan = Plan::new(weights, wanted, &lock_file, lock)?;
+    if plan.by.is_none() {
+        lock_file.check_writable()?;
+    }
     let cache = RepoCache::new(&settings.cache, &plan.file);
     let (found, origin) = match plan.in_cache(&cache, settings)? {
         Some(found) => (found, Origin::Cache),
@@ -162,20 +165,25 @@ impl Plan {
                 None => Ok(None),
             };
         };
-        let expected = self.sha256.as_ref().or(found.promised.as_ref()).filter(|expected| **expected != found.sha256);
-        let Some(expected) = expected else {
+        let pinned = self.sha256.as_ref().map(|expected| Promise {
+            kind: "sha256",
+            found: found.sha256.clone(),
+            expected: expected.clone(),
+        });
+        let Some(broken) = pinned.or_else(|| found.promise.clone()).filter(|promise| !promise.is_kept()) else {
             return Ok(Some(Found { path, commit, sha256: found.sha256, size: found.size }));
         };
-        if found.is_whole() && found.promised.is_some() {
+        let Promise { kind, found: hash, expected } = broken;
+        if found.is_whole() && found.promise.is_some() {
             // Sound bytes, but others than were pinned: the same commit cannot give them again.
-            return Err(self.pinned("sha256", &found.sha256, expected));
+            return Err(self.pinned(kind, &hash, &expected));
         }
         let damaged = HubError::Content {
             what: self.file.what(),
             place: path,
-            field: "sha256",
-            found: found.sha256,
-            expected: expected.clone(),
+            field: kind,
+            found: hash,
+            expected,
             hint: "the file was damaged on disk; without HF_HUB_OFFLINE it is downloaded again",
         };
         if settings.offline.is_some() {
@@ -204,24 +212,39 @@ impl Plan {
         }
         let sha256 = self.sha256.as_ref().or(served);
         let size = self.size.or(remote.size);
+        let whole = |found: &OnDisk| match sha256 {
+            Some(expected) => found.sha256 == *expected,
+            None => found.is_whole(),
+        };
+        // All there under its name: a cache that may only be read serves it too.
+        let path = cache.snapshot(&remote.commit, self.file.file());
+        if let Some(found) = OnDisk::named(&path, &remote.blob)?.filter(whole) {
+            self.remember(cache, &remote.commit);
+            return Ok((Found { path, commit: remote.commit, sha256: found.sha256, size: found.size }, Origin::Cache));
+        }
         // Held until the file has its name, so that a second process finds it.
         let _held = cache.hold(&self.file, &remote.blob, settings.patience.held)?;
         let blob = cache.blob(&remote.blob);
-        let whole = |found: &OnDisk| match sha256 {
-            Some(expected) => found.sha256 == *expected,
-            None => size == Some(found.size),
-        };
         let (sha256, size, origin) = match OnDisk::of(&blob)?.filter(whole) {
             Some(found) => (found.sha256, found.size, Origin::Cache),
             None => {
                 let (file, sha256, patience) = (&self.file, sha256.map(String::as_str), settings.patience);
-                let done = Download { hub, file, remote: &remote, sha256, size, cache, patience }.run()?;
+                let unannounced = UNANNOUNCED;
+                let done = Download { hub, file, remote: &remote, sha256, size, unannounced, cache, patience }.run()?;
                 (done.sha256, done.size, Origin::Hub)
             }
         };
         let Remote { commit, blob, .. } = remote;
         let path = cache.link(&commit, self.file.file(), &blob)?;
-        cache.set_reference(&self.revision, &commit)?;
+        self.remember(cache, &commit);
         Ok((Found { path, commit, sha256, size }, origin))
+    }
+
+    /// Writes down what the revision stands for. Only a fetch offline and without a lock file ever asks for it, so that a
+    /// cache that cannot be written is no reason to stop.
+    fn remember(&self, cache: &RepoCache, commit: &str) {
+        if let Err(error) = cache.set_reference(&self.revision, commit) {
+            log::warn!("the cache does not learn that {} is commit {commit}: {error}", self.revision);
+        }
     }
 }

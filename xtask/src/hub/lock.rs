@@ -62,7 +62,7 @@ impl Lock {
     /// Reads a lock file; one that is not there is empty.
     ///
     /// # Errors
-    /// `Config` for anything but a lock file whose names and hashes can be meant.
+    /// `Config` for anything but a lock file whose names and hashes can be meant; `LockFile` with what the disk says.
     pub(crate) fn read(path: &Path) -> Result<Self> {
         let refused = |found: String| HubError::Config {
             what: format!("lock file `{}`", path.display()),
@@ -72,11 +72,11 @@ impl Lock {
         };
         let weights = match fs_err::metadata(path) {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => BTreeMap::new(),
-            Err(e) => return Err(e.into()),
+            Err(e) => return Err(unusable(path, &e)),
             Ok(meta) if !meta.is_file() => return Err(refused("no regular file".into())),
             Ok(meta) if meta.len() > MAX_BYTES => return Err(refused(format!("{} bytes", meta.len()))),
             Ok(_) => {
-                let text = fs_err::read_to_string(path)?;
+                let text = fs_err::read_to_string(path).map_err(|e| unusable(path, &e))?;
                 let contents: Contents = toml::from_str(&text).map_err(|e| refused(e.message().to_string()))?;
                 if contents.version != 1 {
                     return Err(refused(format!("version {}", contents.version)));
@@ -98,18 +98,37 @@ impl Lock {
         self.weights.get(name)
     }
 
+    /// Checks that the file could be written, before anything is downloaded for its sake.
+    ///
+    /// # Errors
+    /// `LockFile` with what the disk says.
+    pub(crate) fn check_writable(&self) -> Result<()> {
+        let probe = self.folder().join(format!(".weights-lock-{}", std::process::id()));
+        let made = fs_err::create_dir_all(self.folder())
+            .and_then(|()| fs_err::OpenOptions::new().write(true).create_new(true).open(&probe));
+        match made {
+            // A process of the same number that was killed here could write.
+            Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => Err(unusable(&self.path, &e)),
+            _ => fs_err::remove_file(&probe).map_err(|e| unusable(&self.path, &e)),
+        }
+    }
+
+    fn folder(&self) -> &Path {
+        match self.path.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        }
+    }
+
     /// Writes down what `name` resolved to; returns whether the file changed. The file is read again first, under a lock,
     /// so that two processes lose no entry of each other.
     ///
     /// # Errors
-    /// `Pinned` when another process has meanwhile pinned it to something else and `replace` is not set.
+    /// `LockFile` with what the disk says; `Pinned` when another process has meanwhile pinned it to something else and `replace` is not set.
     pub(crate) fn record(&mut self, name: &str, pin: &Pin, replace: bool) -> Result<bool> {
-        let folder = match self.path.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
-        };
-        fs_err::create_dir_all(folder)?;
-        let _held = hold_folder(folder)?;
+        let unusable = |e: std::io::Error| unusable(&self.path, &e);
+        fs_err::create_dir_all(self.folder()).map_err(unusable)?;
+        let _held = hold_folder(self.folder()).map_err(unusable)?;
         self.weights = Self::read(&self.path)?.weights;
         match self.weights.get(name) {
             Some(old) if old == pin => return Ok(false),
@@ -129,9 +148,15 @@ impl Lock {
         self.weights.insert(name.to_string(), pin.clone());
         let contents = Contents { version: 1, weights: self.weights.clone() };
         let text = toml::to_string(&contents).map_err(std::io::Error::other)?;
-        write_atomic(&self.path, format!("{HEADER}{text}").as_bytes()).map_err(std::io::Error::other)?;
+        write_atomic(&self.path, format!("{HEADER}{text}").as_bytes())
+            .map_err(|e| unusable(std::io::Error::other(e)))?;
         Ok(true)
     }
+}
+
+/// An error of the disk with the path of the lock file, whichever step it befell.
+fn unusable(path: &Path, error: &std::io::Error) -> HubError {
+    HubError::LockFile { path: path.to_path_buf(), reason: error.to_string() }
 }
 
 /// Way out of a difference from the lock.
@@ -152,7 +177,7 @@ fn difference<'a>(new: &'a Pin, old: &'a Pin) -> (&'static str, &'a str, &'a str
 }
 
 /// Keeps other processes of this program from rewriting lock files in `folder`. Advisory, and gone with the process.
-fn hold_folder(folder: &Path) -> Result<Option<std::fs::File>> {
+fn hold_folder(folder: &Path) -> std::io::Result<Option<std::fs::File>> {
     if !cfg!(unix) {
         return Ok(None);
     }

@@ -94,12 +94,17 @@ pub(crate) fn sha256(text: &str) -> Result<String> {
     if is_sha256(&lower) { Ok(lower) } else { Err(refused("sha256", text, "64 hexadecimal digits")) }
 }
 
-/// The name of a blob from an ETag: a sha256 for large files, the id of a git blob for small ones.
+/// Whether `text` is the id of a git blob, in lower case.
+pub(crate) fn is_git_id(text: &str) -> bool {
+    hex(text, 40)
+}
+
+/// The name of a blob from an ETag, in lower case: a sha256 for large files, the id of a git blob for small ones.
 pub(crate) fn blob(etag: &str) -> Option<String> {
     let inner = etag.trim();
     let inner = inner.strip_prefix("W/").unwrap_or(inner);
-    let inner = inner.strip_prefix('"').and_then(|e| e.strip_suffix('"')).unwrap_or(inner);
-    (is_sha256(inner) || is_commit(inner)).then(|| inner.to_string())
+    let inner = inner.strip_prefix('"').and_then(|e| e.strip_suffix('"')).unwrap_or(inner).to_ascii_lowercase();
+    (is_sha256(&inner) || is_git_id(&inner)).then_some(inner)
 }
 
 #[cfg(test)]
@@ -134,13 +139,11 @@ mod tests {
     #[test]
     fn a_blob_is_named_by_hexadecimal_digits_only() {
         let (sha, git) = ("0123456789abcdef".repeat(4), "0".repeat(40));
-        for etag in [sha.clone(), format!("\"{sha}\""), format!("W/\"{sha}\"")] {
+        for etag in [sha.clone(), format!("\"{sha}\""), format!("W/\"{sha}\""), format!("\"{}\"", sha.to_uppercase())] {
             assert_eq!(blob(&etag).unwrap(), sha);
         }
         assert_eq!(blob(&format!("\"{git}\"")).unwrap(), git);
-        for bad in
-            ["", "\"\"", "../../x", &sha[1..], &sha.to_uppercase(), "\"../../../../tmp/x\"", &format!("{sha}/..")]
-        {
+        for bad in ["", "\"\"", "../../x", &sha[1..], "\"../../../../tmp/x\"", &format!("{sha}/..")] {
             assert_eq!(blob(bad), None, "{bad}");
         }
         assert!(sha256(&sha.to_uppercase()).is_ok() && sha256(&git).is_err());

@@ -1,6 +1,6 @@
 //! Answers that a hub does not give, and bytes that are not the promised ones.
 
-use crate::server::{Manner, Reply, Server, sha256};
+use crate::server::{Manner, Reply, Server, git_id, sha256};
 use crate::{COMMIT, LATER, NAME, PATH, Place, files, weights};
 
 /// Fetches from a hub that `spoils` its good answers; the error says `words`, nothing is pinned, nothing is outside the
@@ -114,6 +114,117 @@ fn a_body_that_always_ends_early_is_left_after_a_few_tries() {
 }
 
 #[test]
+fn a_length_beyond_every_file_is_refused_wherever_it_is_said() {
+    let long = |reply: Reply, method: &str| match method {
+        "HEAD" => reply.with("Transfer-Encoding", "chunked"),
+        _ => reply.with("Content-Length", "99999999999999"),
+    };
+    expect_refused(long, &["length `99999999999999`", "at most 16 GiB"]);
+}
+
+#[test]
+fn a_hub_that_knows_no_ranges_and_cuts_here_and_there_is_left() {
+    let (place, bytes) = (Place::new(), weights(8, 3 << 20));
+    let served = bytes.clone();
+    let hub = Server::start(move |request, n| {
+        let reply = Reply::file(request, &served, COMMIT);
+        let whole = Reply { status: 200, ..reply }.without("Content-Range").carrying(served.clone());
+        let whole = whole.with("Content-Length", &served.len().to_string());
+        // Longer and shorter by turns: each second body is a megabyte more than the one before.
+        if n > 20 { whole } else { whole.sent(Manner::CutAfter(if n % 2 == 0 { 5 << 19 } else { 1 << 20 })) }
+    });
+    place.fetch(&hub.url(), &["--retries", "2", "--timeout", "0.3"]).expect(4, &["hint: "]);
+    assert!(hub.counts().1 <= 6, "{:?}", hub.counts());
+    place.expect_usable(&bytes);
+}
+
+#[test]
+fn a_range_that_was_not_asked_for_begins_the_file_anew() {
+    let bytes = weights(9, 300_000);
+    for range in ["bytes 0-299999/300000", "bytes 150001-299999/300000", "bytes 150000-299998/300000", "items", ""] {
+        let place = Place::new();
+        let served = bytes.clone();
+        let hub = Server::start(move |request, n| {
+            let reply = Reply::file(request, &served, COMMIT);
+            match (n, reply.status) {
+                (1, _) => reply.sent(Manner::CutAfter(150_000)),
+                (_, 206) => reply.with("Content-Range", range),
+                _ => reply,
+            }
+        });
+        place.fetch(&hub.url(), &[]).expect(0, &["downloaded"]);
+        assert_eq!(hub.counts(), (1, 3), "{range}");
+        assert_eq!(hub.seen().last().unwrap().header("range"), None);
+        place.expect_usable(&bytes);
+    }
+    // Parts only, whatever is asked for: left at once.
+    let place = Place::new();
+    let hub = Server::start(move |request, _| {
+        let reply = Reply::file(request, &weights(9, 300_000), COMMIT);
+        if request.method == "HEAD" {
+            reply
+        } else {
+            Reply { status: 206, ..reply }.with("Content-Range", "bytes 7-9/10")
+        }
+    });
+    let partial = place.repo("blobs").join(format!("{}.incomplete", sha256(&bytes)));
+    fs_err::create_dir_all(partial.parent().unwrap()).unwrap();
+    fs_err::write(&partial, &bytes[..1000]).unwrap();
+    place.fetch(&hub.url(), &[]).expect(4, &["status 206, expected 200"]);
+    assert_eq!(hub.counts(), (1, 2));
+    place.expect_usable(&bytes);
+}
+
+#[test]
+fn a_small_file_is_held_to_its_git_id() {
+    let small = |bytes: &[u8]| {
+        let served = bytes.to_vec();
+        Server::start(move |request, _| {
+            Reply::file(request, &served, COMMIT).with("ETag", &format!("\"{}\"", git_id(&served)))
+        })
+    };
+    // On its way: the size is right and the bytes are not.
+    let (place, bytes) = (Place::new(), weights(10, 5000));
+    let served = bytes.clone();
+    let hub = Server::start(move |request, _| {
+        let mut reply = Reply::file(request, &served, COMMIT).with("ETag", &git_id(&served));
+        reply.body[4000] ^= 1;
+        reply
+    });
+    place.fetch(&hub.url(), &[]).expect(4, &["git id of", &git_id(&bytes), "nothing of it was kept"]);
+    assert_eq!(place.lock(), "");
+    place.expect_usable(&bytes);
+
+    // On disk: neither used nor pinned, with and without a network.
+    let place = Place::new();
+    let hub = small(&bytes);
+    place.fetch(&hub.url(), &[]).expect(0, &["downloaded"]);
+    let lock = place.lock();
+    let blob = place.repo("blobs").join(git_id(&bytes));
+    fs_err::write(&blob, [&bytes[..4999], b"x"].concat()).unwrap();
+    fs_err::remove_file(place.path("weights.lock")).unwrap();
+    let mut command = place.command(&hub.url(), &[NAME]);
+    command.env("HF_HUB_OFFLINE", "1");
+    place.run(command).expect(4, &["git id of", "damaged on disk"]);
+    assert_eq!(place.lock(), "");
+    place.fetch(&hub.url(), &[]).expect(0, &["downloaded"]);
+    assert_eq!((fs_err::read(&blob).unwrap(), place.lock()), (bytes.clone(), lock));
+
+    // A download that broke is continued: the id tells afterwards whether the halves belong together.
+    let place = Place::new();
+    let partial = place.repo("blobs").join(format!("{}.incomplete", git_id(&bytes)));
+    fs_err::create_dir_all(partial.parent().unwrap()).unwrap();
+    for (kept, gets) in [(&bytes[..1000], 1), (&weights(3, 1000)[..], 2)] {
+        fs_err::write(&partial, kept).unwrap();
+        let hub = small(&bytes);
+        place.fetch(&hub.url(), &[]).expect(0, &["downloaded"]);
+        assert_eq!(hub.counts(), (1, gets));
+        fs_err::remove_file(place.repo("blobs").join(git_id(&bytes))).unwrap();
+        fs_err::remove_file(place.path("weights.lock")).unwrap();
+    }
+}
+
+#[test]
 fn what_was_kept_of_another_file_is_not_used() {
     let bytes = weights(3, 300_000);
     for kept in [weights(9, 100_000), weights(9, 300_000), weights(9, 400_000), Vec::new()] {
@@ -200,4 +311,27 @@ fn a_cache_that_cannot_be_written_is_told() {
     fs_err::write(place.path("hf"), "a file where a folder should be").unwrap();
     place.fetch(&hub.url(), &[]).expect(4, &["hf/hub", "HF_HUB_CACHE"]);
     assert_eq!(hub.counts().1, 0);
+}
+
+#[test]
+fn a_lock_file_that_cannot_be_written_is_told_before_the_download() {
+    let (place, bytes) = (Place::new(), weights(7, 900));
+    let hub = Server::good(bytes.clone(), COMMIT);
+    fs_err::write(place.path("file"), "a file where a folder should be").unwrap();
+    let mut locks = vec!["file/weights.lock"];
+    if cfg!(target_os = "linux") {
+        // Nobody makes files there, root neither.
+        locks.push("/proc/weights.lock");
+    }
+    for lock in locks {
+        let run = place.fetch(&hub.url(), &["--lock", lock]);
+        run.expect(4, &[&format!("lock file `{lock}`"), "`--lock FILE` names another place"]);
+        assert!(
+            !run.stderr.contains("hint: is there room") && !run.stderr.contains("HF_HUB_CACHE names"),
+            "{}",
+            run.stderr
+        );
+        assert_eq!(hub.counts(), (0, 0));
+    }
+    place.expect_usable(&bytes);
 }

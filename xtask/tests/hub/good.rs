@@ -3,8 +3,8 @@
 use std::process::Stdio;
 use std::time::Duration;
 
-use crate::server::{Manner, Reply, Server, sha256};
-use crate::{COMMIT, NAME, PATH, Place, TOKEN, files, weights};
+use crate::server::{Manner, Reply, Server, git_id, sha256};
+use crate::{COMMIT, FOLDER, LATER, NAME, PATH, Place, TOKEN, files, weights};
 
 #[test]
 fn a_file_is_downloaded_once_and_never_again() {
@@ -100,6 +100,96 @@ fn a_redirect_on_the_same_host_keeps_the_token() {
 }
 
 #[test]
+fn the_hub_itself_says_what_a_file_is_and_no_other_host() {
+    let bytes = weights(9, 60_000);
+    // A mirror that has no X-Linked-Etag: its own ETag stands beside the redirect, and the store knows another one.
+    for store_knows in [true, false] {
+        let place = Place::new();
+        let served = bytes.clone();
+        let store = Server::start(move |request, _| match (request.method.as_str(), store_knows) {
+            ("HEAD", false) => Reply::status(403),
+            _ => Reply::file(request, &served, LATER).with("ETag", "\"0123456789abcdef0123456789abcdef\""),
+        });
+        let (location, served) = (format!("{}/store/x", store.url()), bytes.clone());
+        let hub = Server::start(move |_, _| {
+            Reply::elsewhere(&served, COMMIT, &location)
+                .without("X-Linked-Etag")
+                .without("X-Linked-Size")
+                .with("ETag", &format!("\"{}\"", sha256(&served)))
+        });
+        place.fetch(&hub.url(), &[]).expect(0, &["downloaded", COMMIT]);
+        assert_eq!((hub.counts(), store.counts()), ((1, 0), (0, 1)));
+        place.expect_usable(&bytes);
+    }
+    // What the hub does not say is not asked of another host, however much that one would tell.
+    for missing in ["X-Repo-Commit", "X-Linked-Etag"] {
+        let place = Place::new();
+        let served = bytes.clone();
+        let store = Server::start(move |request, _| {
+            let sha256 = format!("\"{}\"", sha256(&served));
+            Reply::file(request, &served, COMMIT).with("X-Linked-Etag", &sha256)
+        });
+        let (location, served) = (format!("{}/store/x", store.url()), bytes.clone());
+        let hub = Server::start(move |_, _| Reply::elsewhere(&served, COMMIT, &location).without(missing));
+        let said = missing.trim_start_matches("X-Linked-").replace("Etag", "ETag");
+        place.fetch(&hub.url(), &[]).expect(4, &[&format!("no {said}")]);
+        assert_eq!((hub.counts(), store.counts()), ((1, 0), (0, 0)), "{missing}");
+        place.expect_usable(&bytes);
+    }
+    // A renamed repository: what stands beside the way there is not what the file is.
+    let place = Place::new();
+    let served = bytes.clone();
+    let hub = Server::start(move |request, _| match request.path.as_str() {
+        PATH => Reply::status(307).with("Location", "/moved/x").with("ETag", "W/\"3b-the page of the redirect\""),
+        _ => Reply::file(request, &served, COMMIT),
+    });
+    place.fetch(&hub.url(), &[]).expect(0, &["downloaded"]);
+    place.expect_usable(&bytes);
+}
+
+#[test]
+fn a_hub_may_say_no_length_and_write_hashes_in_capitals() {
+    let bytes = weights(10, 60_000);
+    let capitals = |reply: Reply, bytes: &[u8]| reply.with("ETag", &format!("\"{}\"", sha256(bytes).to_uppercase()));
+    for odd in [0, 1, 2] {
+        let place = Place::new();
+        let served = bytes.clone();
+        let hub = Server::start(move |request, _| {
+            let reply = Reply::file(request, &served, COMMIT);
+            match (odd, request.method.as_str()) {
+                (0, "HEAD") => reply.with("Content-Length", "0"),
+                // Without any length.
+                (1, "HEAD") => reply.with("Transfer-Encoding", "chunked"),
+                (2, _) => capitals(reply, &served),
+                _ => reply,
+            }
+        });
+        place.fetch(&hub.url(), &[]).expect(0, &["downloaded"]);
+        place.expect_usable(&bytes);
+    }
+}
+
+#[test]
+fn a_cache_that_is_only_read_serves_what_it_holds() {
+    let (place, bytes) = (Place::new(), weights(11, 9000));
+    let hub = Server::good(bytes.clone(), COMMIT);
+    place.fetch(&hub.url(), &[]).expect(0, &["downloaded"]);
+    // Nothing can be made in a file, whoever the tests run as.
+    for (folder, kept) in [("hf/hub/.locks", "locks"), (&format!("hf/hub/{FOLDER}/refs"), "refs")] {
+        fs_err::rename(place.path(folder), place.path(kept)).unwrap();
+        fs_err::write(place.path(folder), "").unwrap();
+    }
+    for revision in ["main", COMMIT, "other"] {
+        fs_err::remove_file(place.path("weights.lock")).unwrap();
+        let run = place.fetch(&hub.url(), &["--revision", revision]);
+        run.expect(0, &["in the cache", &sha256(&bytes), COMMIT]);
+        assert_eq!(hub.counts().1, 1, "{revision} was downloaded again");
+        // What a branch stands for now cannot be written down: no reason to stop, and said.
+        assert_eq!(run.stderr.contains("refs"), revision != COMMIT, "{revision}: {}", run.stderr);
+    }
+}
+
+#[test]
 fn no_token_is_sent_when_none_is_meant() {
     let place = Place::new();
     let hub = Server::good(weights(1, 1000), COMMIT);
@@ -114,11 +204,11 @@ fn an_endpoint_may_have_a_path_and_small_files_a_git_id() {
     let (place, bytes) = (Place::new(), weights(4, 4000));
     let served = bytes.clone();
     let hub = Server::start(move |request, _| {
-        Reply::file(request, &served, COMMIT).with("ETag", &format!("W/\"{}\"", "a".repeat(40)))
+        Reply::file(request, &served, COMMIT).with("ETag", &format!("W/\"{}\"", git_id(&served)))
     });
     place.fetch(&format!("{}/mirror/", hub.url()), &[]).expect(0, &[&sha256(&bytes)]);
     assert!(hub.seen().iter().all(|r| r.path == format!("/mirror{PATH}")));
-    assert_eq!(files(&place.repo("blobs")), [place.repo("blobs").join("a".repeat(40))]);
+    assert_eq!(files(&place.repo("blobs")), [place.repo("blobs").join(git_id(&bytes))]);
     place.fetch(&hub.url(), &[]).expect(0, &["in the cache"]);
     assert_eq!(hub.seen().len(), 2);
 }

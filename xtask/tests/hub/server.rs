@@ -247,6 +247,12 @@ fn serve(
     stream.flush()
 }
 
+/// Id of a git blob: how the hub names files that git itself keeps.
+pub(crate) fn git_id(bytes: &[u8]) -> String {
+    let framed = [format!("blob {}\0", bytes.len()).as_bytes(), bytes].concat();
+    sha1::Sha1::digest(framed).iter().map(|b| format!("{b:02x}")).collect()
+}
+
 /// sha256 in hexadecimal.
 pub(crate) fn sha256(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect()

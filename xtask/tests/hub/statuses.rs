@@ -183,6 +183,35 @@ fn a_token_that_comes_back_is_not_shown() {
 }
 
 #[test]
+fn a_token_in_a_long_address_is_taken_out_before_the_address_is_cut() {
+    for len in 255..275 {
+        let place = Place::new();
+        let hub = Server::start(move |request, _| {
+            let secret = request.header("authorization").unwrap_or("Bearer none").strip_prefix("Bearer ").unwrap();
+            match request.path.contains("xxx") {
+                true => Reply::status(404),
+                false => Reply::status(302).with("Location", &format!("/{}/{secret}/more", "x".repeat(len))),
+            }
+        });
+        place.fetch(&hub.url(), &["--retries", "0"]).expect(4, &["answered 404"]);
+    }
+}
+
+#[test]
+fn another_host_that_says_no_is_not_taken_for_the_hub() {
+    for status in [401, 403] {
+        let (place, bytes) = (Place::new(), weights(7, 5000));
+        let store = Server::start(move |_, _| Reply::status(status));
+        let (location, served) = (store.url(), bytes.clone());
+        let hub = Server::start(move |_, _| Reply::elsewhere(&served, COMMIT, &location));
+        let run = place.fetch(&hub.url(), &[]);
+        run.expect(4, &[&format!("answered {status}"), &store.url(), "another host than the hub"]);
+        assert!(!run.stderr.contains("licence") && !run.stderr.contains("set HF_TOKEN"), "{}", run.stderr);
+        place.expect_usable(&bytes);
+    }
+}
+
+#[test]
 fn settings_that_cannot_be_meant_end_with_code_2() {
     let place = Place::new();
     let hub = Server::good(weights(1, 900), COMMIT);
