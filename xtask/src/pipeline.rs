@@ -148,7 +148,9 @@ impl Pipeline<'_> {
 
     /// A teacher whose weights are a file: all of it fits, or the run stops with every difference.
     fn take_weights(&self, stage: &Stage, dir: &Path, path: &Path) -> Result<()> {
-        let (tensors, from) = whole(&path.to_string_lossy(), &stage.model, None, &self.plan.weights_lock)?;
+        let name = path.to_string_lossy();
+        let wanted = self.plan.teacher_pinned.wanted(&name);
+        let (tensors, from) = whole(&wanted, &stage.model, None, &self.plan.weights_lock)?;
         let network = Frozen::new(&stage.model, tensors.clone(), DType::F32, &self.device)?;
         let val = need_split(&self.plan.data, Split::Val)?;
         let layout = from.layout.map_or(String::new(), |layout| format!(" of layout {layout}"));

@@ -11,9 +11,8 @@
 //! underneath hf-hub, in the same copy.
 //!
 //! What is promised:
-//! - No byte is used whose sha256 was not compared, in this process, with the lock, the table, the recipe, or on first
-//!   use with the hub's own ETag. (Where that ETag is a git id, as for files of a few kilobytes, first use knows the size
-//!   only.)
+//! - No byte is used whose hash was not compared, in this process, with the sha256 of the lock, the table, the recipe, or
+//!   on first use with the hub's own ETag: a sha256, or the id of a git blob for files of a few kilobytes.
 //! - A file appears under its name whole or not at all; a failed fetch leaves the cache as usable as before.
 //! - Every wait ends: for a name, a connection, an answer, a body that stands still or drips, another process.
 //! - The token goes to the hub's own host over https (or to this machine), and is shown nowhere.
@@ -57,6 +56,17 @@ pub(crate) struct Wanted<'a> {
     pub(crate) pin_anew: bool,
 }
 
+impl Wanted<'_> {
+    /// Checks that revision and sha256 can be meant, without asking anybody.
+    ///
+    /// # Errors
+    /// `Config` with the one that cannot.
+    pub(crate) fn check(&self) -> Result<()> {
+        self.revision.map_or(Ok(()), names::revision)?;
+        self.sha256.map_or(Ok(()), |sha256| names::sha256(sha256).map(drop))
+    }
+}
+
 /// The weight file that `wanted` names: fetched if the table knows the name, else the file at that path. Its format and,
 /// where one is known, its sha256 are checked.
 ///
@@ -77,21 +87,38 @@ pub(crate) fn resolve(wanted: &Wanted<'_>, lock: &Path) -> Result<PathBuf> {
             registry::named(wanted.name).map(|_| path.to_path_buf())
         };
     }
-    if let Some(expected) = wanted.sha256.map(names::sha256).transpose()? {
-        let found = sha256_of(path)?;
-        if found != expected {
-            return Err(HubError::Content {
-                what: "weight file".into(),
-                place: path.to_path_buf(),
-                field: "sha256",
-                found,
-                expected,
-                hint: "take the file the recipe was written for, or mend the recipe",
-            });
-        }
-    }
+    check_file(wanted, path)?;
     file_format::check(path, wanted.name)?;
     Ok(path.to_path_buf())
+}
+
+/// Checks that the file at `path` is the one `wanted`: its sha256, and that no revision is asked of it.
+///
+/// # Errors
+/// `Config` for a revision, which only the hub has; `Content` for other bytes.
+pub(crate) fn check_file(wanted: &Wanted<'_>, path: &Path) -> Result<()> {
+    wanted.check()?;
+    if let Some(revision) = wanted.revision {
+        return Err(HubError::Config {
+            what: format!("revision of `{}`", path.display()),
+            found: format!("`{}`", names::shown(revision)),
+            expected: "none, since it is a file".into(),
+            hint: "a name of `cargo xtask weights list` has revisions; a file may be held to its sha256".into(),
+        });
+    }
+    let Some(expected) = wanted.sha256.map(names::sha256).transpose()? else { return Ok(()) };
+    let found = sha256_of(path)?;
+    if found == expected {
+        return Ok(());
+    }
+    Err(HubError::Content {
+        what: "weight file".into(),
+        place: path.to_path_buf(),
+        field: "sha256",
+        found,
+        expected,
+        hint: "take the file the recipe was written for, or mend the sha256 that was asked for",
+    })
 }
 
 fn is_weight_file(extension: &std::ffi::OsStr) -> bool {

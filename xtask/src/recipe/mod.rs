@@ -24,7 +24,7 @@ use crate::cli::RecipeArgs;
 use crate::exit::usage;
 
 pub(crate) use plan::{DataPlan, Expect, Plan};
-pub(crate) use start::{Fills, Start, whole};
+pub(crate) use start::{Fills, Pinned, Start, whole};
 
 /// A recipe as written, merged with what it extends.
 #[derive(Clone, Debug, Deserialize)]
@@ -72,6 +72,8 @@ struct ModelKeys {
     decoder_channels: usize,
     weights: String,
     encoder_weights: String,
+    weights_revision: String,
+    weights_sha256: String,
     new_classifier: bool,
 }
 
@@ -122,6 +124,8 @@ struct TeacherKeys {
     lr: f64,
     weights: String,
     encoder_weights: String,
+    weights_revision: String,
+    weights_sha256: String,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -199,6 +203,8 @@ impl Recipe {
             decoder_channels: t.decoder_channels,
             weights: String::new(),
             encoder_weights: t.encoder_weights.clone(),
+            weights_revision: t.weights_revision.clone(),
+            weights_sha256: t.weights_sha256.clone(),
             new_classifier: false,
         };
         let ce = self
@@ -223,19 +229,28 @@ impl Recipe {
         Ok(stage)
     }
 
-    /// Weights the teacher is, instead of being trained.
-    fn teacher_weights(&self) -> Result<Option<PathBuf>> {
-        let Some(start) = Start::of("teacher", &self.teacher.weights, "", false)? else { return Ok(None) };
+    /// Weights the teacher is, instead of being trained, and which bytes of that name.
+    fn teacher_weights(&self) -> Result<Option<(PathBuf, Pinned)>> {
+        if self.teacher.weights.is_empty() {
+            return Ok(None);
+        }
+        let Some(start) = self.teacher_start()? else { return Ok(None) };
         start::exists("teacher", &start.from)?;
-        Ok(Some(PathBuf::from(start.from)))
+        Ok(Some((PathBuf::from(start.from), start.pinned)))
+    }
+
+    fn teacher_start(&self) -> Result<Option<Start>> {
+        let t = &self.teacher;
+        let pinned = Pinned::of("teacher", &t.weights_revision, &t.weights_sha256)?;
+        Start::of("teacher", [&t.weights, &t.encoder_weights], false, pinned)
     }
 
     /// Weights that teacher and students start from when they are trained.
     fn starts(&self) -> Result<[Option<Start>; 2]> {
-        let (t, s) = (&self.teacher, &self.student);
-        let teacher = Start::of("teacher", &t.weights, &t.encoder_weights, false)?;
-        let teacher = teacher.filter(|_| t.weights.is_empty());
-        let student = Start::of("student", &s.weights, &s.encoder_weights, s.new_classifier)?;
+        let s = &self.student;
+        let teacher = self.teacher_start()?.filter(|_| self.teacher.weights.is_empty());
+        let pinned = Pinned::of("student", &s.weights_revision, &s.weights_sha256)?;
+        let student = Start::of("student", [&s.weights, &s.encoder_weights], s.new_classifier, pinned)?;
         for (role, start) in [("teacher", &teacher), ("student", &student)] {
             if let Some(start) = start {
                 start::exists(role, &start.from)?;

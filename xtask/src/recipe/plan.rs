@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use segdistill_data::{Manifest, Split};
 use segdistill_train::Stage;
 
-use super::{Fills, Read, Recipe, Start, whole};
+use super::{Fills, Pinned, Read, Recipe, Start, whole};
 use crate::cli::RecipeArgs;
 use crate::commands::need_split;
 use crate::exit::{UNAVAILABLE, USAGE, coded, usage};
@@ -74,6 +74,9 @@ pub(crate) struct Plan {
     /// Teacher weights given as a file, folder or name instead of trained.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) teacher_weights: Option<PathBuf>,
+    /// Which bytes those are.
+    #[serde(default, skip_serializing_if = "Pinned::is_free")]
+    pub(crate) teacher_pinned: Pinned,
     /// Weights a trained teacher starts from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) teacher_start: Option<Start>,
@@ -135,12 +138,14 @@ impl Plan {
             stage.model.validate().map_err(|e| usage!("stage `{}`: {e}", stage.method))?;
         }
         let [teacher_start, student_start] = recipe.starts()?;
+        let (teacher_weights, teacher_pinned) = recipe.teacher_weights()?.unzip();
         Ok(Plan {
             recipe: recipe.name.clone(),
             description: recipe.description.clone(),
             device: crate::commands::device_name(&args.device),
             tf32: args.device.tf32,
-            teacher_weights: recipe.teacher_weights()?,
+            teacher_weights,
+            teacher_pinned: teacher_pinned.unwrap_or_default(),
             teacher_start,
             student_start,
             weights_lock: lock_beside(&args.recipe),
@@ -181,7 +186,9 @@ impl Plan {
             }
         }
         if let Some(path) = &self.teacher_weights {
-            whole(&path.to_string_lossy(), &self.teacher.model, None, &self.weights_lock).context("teacher")?;
+            let name = path.to_string_lossy();
+            let wanted = self.teacher_pinned.wanted(&name);
+            whole(&wanted, &self.teacher.model, None, &self.weights_lock).context("teacher")?;
         }
         for stage in std::iter::once(&self.teacher).chain(self.students.first()) {
             if let Some(start) = self.start_of(stage) {

@@ -96,6 +96,11 @@ impl Place {
 
     /// The command, not started yet.
     pub(crate) fn command(&self, endpoint: &str, args: &[&str]) -> Command {
+        self.program(endpoint, &[&["weights", "fetch"], args].concat())
+    }
+
+    /// Any command of the program, not started yet.
+    pub(crate) fn program(&self, endpoint: &str, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_xtask"));
         for name in [
             "HF_HUB_CACHE",
@@ -110,7 +115,6 @@ impl Place {
             command.env_remove(name);
         }
         command
-            .args(["weights", "fetch"])
             .args(args)
             .current_dir(self.dir.path())
             .env("HF_HOME", self.path("hf"))

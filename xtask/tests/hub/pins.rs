@@ -108,3 +108,90 @@ fn a_sha256_that_was_given_wins() {
     let two = place.run(place.command(&later.url(), &[NAME, "timm/resnet18", "--sha256", &wrong]));
     two.expect(2, &["--sha256 with 2 names"]);
 }
+
+#[test]
+fn import_and_inspect_take_a_revision_and_a_sha256() {
+    let (place, [old, new]) = (Place::new(), [1, 2].map(|seed| weights(seed, 9000)));
+    let hub = moved_on(old.clone(), new.clone());
+    let wrong = "5".repeat(64);
+    let commands: [&[&str]; 2] =
+        [&["weights", "inspect", NAME], &["weights", "import", NAME, "--model", "resnet34", "--out", "imported"]];
+    for command in commands {
+        let run = |args: &[&str]| place.run(place.program(&hub.url(), &[command, args].concat()));
+        let gets = hub.counts().1;
+        run(&["--sha256", &wrong]).expect(4, &["sha256 is", &wrong, &sha256(&new)]);
+        run(&["--revision", COMMIT, "--sha256", &sha256(&new)]).expect(4, &["sha256 is", &sha256(&old)]);
+        assert_eq!((hub.counts().1, place.lock()), (gets, String::new()), "{command:?}");
+        run(&["--revision", "../x"]).expect(2, &["revision", "`../x`"]);
+        run(&["--sha256", "12"]).expect(2, &["sha256", "64 hexadecimal digits"]);
+        // The bytes are no weights: what is fetched and pinned is what counts.
+        run(&["--revision", COMMIT]).expect(2, &[]);
+        assert!(place.lock().contains(&sha256(&old)), "{}", place.lock());
+        run(&["--revision", "main", "--sha256", &sha256(&new).to_uppercase()]).expect(2, &[]);
+        assert!(place.lock().contains(&sha256(&new)) && !place.lock().contains(&sha256(&old)), "{}", place.lock());
+        fs_err::remove_file(place.path("weights.lock")).unwrap();
+    }
+    // A file has no revision, and is held to its sha256 as well.
+    let asked = hub.seen().len();
+    fs_err::write(place.path("model.safetensors"), &old).unwrap();
+    let inspect = |args: &[&str]| {
+        place.run(place.program(&hub.url(), &[&["weights", "inspect", "model.safetensors"], args].concat()))
+    };
+    inspect(&["--sha256", &wrong]).expect(4, &["sha256 of", &sha256(&old), &wrong]);
+    inspect(&["--revision", "main"]).expect(2, &["revision", "model.safetensors"]);
+    assert_eq!(hub.seen().len(), asked);
+}
+
+#[test]
+fn a_recipe_names_revision_and_sha256_of_its_weights() {
+    let [old, new] = [1, 2].map(|seed| weights(seed, 9000));
+    let wrong = "5".repeat(64);
+    for (role, key, name) in [
+        ("student", "encoder_weights", NAME),
+        ("student", "weights", NAME),
+        ("teacher", "encoder_weights", NAME),
+        ("teacher", "weights", NAME),
+    ] {
+        let place = Place::new();
+        let hub = moved_on(old.clone(), new.clone());
+        let run = |keys: &[(&str, &str)]| {
+            let mut recipe =
+                format!("extends = \"toy\"\nname = \"mine\"\n[{role}]\nencoder = \"resnet34\"\n{key} = \"{name}\"\n");
+            for (key, value) in keys {
+                recipe += &format!("{key} = \"{value}\"\n");
+            }
+            fs_err::create_dir_all(place.path("recipes")).unwrap();
+            fs_err::write(place.path("recipes/mine.toml"), recipe).unwrap();
+            place.run(place.program(&hub.url(), &["reproduce", "--recipe", "recipes/mine.toml", "--out", "run"]))
+        };
+        let lock = || fs_err::read_to_string(place.path("recipes/weights.lock")).unwrap_or_default();
+        let about = format!("{role}.{key}");
+        run(&[("weights_sha256", "12")]).expect(2, &[&format!("{role}.weights_sha256"), "64 hexadecimal digits"]);
+        run(&[("weights_revision", "../x")]).expect(2, &[&format!("{role}.weights_revision"), "`../x`"]);
+        assert_eq!(hub.seen().len(), 0, "{about}");
+        run(&[("weights_sha256", &wrong)]).expect(4, &["sha256 is", &wrong]);
+        assert_eq!((hub.counts(), lock()), ((1, 0), String::new()), "{about}");
+        // The bytes are no weights: what is fetched and pinned is what counts.
+        run(&[("weights_revision", COMMIT), ("weights_sha256", &sha256(&old))]).expect(2, &[]);
+        assert!(lock().contains(&sha256(&old)) && lock().contains(&format!("revision = \"{COMMIT}\"")), "{}", lock());
+        let asked = hub.seen().len();
+        run(&[("weights_revision", COMMIT)]).expect(2, &[]);
+        assert_eq!(hub.seen().len(), asked, "the lock serves a revision it was made from");
+        run(&[("weights_revision", "main")]).expect(2, &[]);
+        assert!(lock().contains(&sha256(&new)), "{about}: {}", lock());
+    }
+    // Keys that would mean nothing.
+    let place = Place::new();
+    let run = |set: &[&str]| {
+        let set: Vec<&str> = set.iter().flat_map(|key| ["--set", key]).collect();
+        let start = ["reproduce", "--recipe", "toy", "--out", "run"];
+        place.run(place.program("http://127.0.0.1:9", &[&start, &set[..]].concat()))
+    };
+    run(&["student.weights_revision=main"]).expect(2, &["student.weights_revision", "without student.weights"]);
+    run(&[&format!("teacher.weights_sha256={wrong}")])
+        .expect(2, &["teacher.weights_sha256", "without teacher.weights"]);
+    fs_err::write(place.path("model.safetensors"), &old).unwrap();
+    let file = "student.encoder_weights=model.safetensors";
+    run(&[file, "student.weights_revision=main"]).expect(2, &["revision", "model.safetensors"]);
+    run(&[file, &format!("student.weights_sha256={wrong}")]).expect(4, &["sha256 of", &sha256(&old), &wrong]);
+}

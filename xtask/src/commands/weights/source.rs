@@ -19,6 +19,12 @@ pub(crate) struct Source {
     /// Where the state dict lies inside a PyTorch checkpoint, such as ema.state_dict
     #[arg(long, value_name = "KEY")]
     pub(crate) key: Option<String>,
+    /// Branch, tag or commit of a name; asks the hub again and pins what it says, whatever the lock file says
+    #[arg(long, value_name = "REVISION")]
+    pub(crate) revision: Option<String>,
+    /// sha256 the file must have
+    #[arg(long, value_name = "HEX")]
+    pub(crate) sha256: Option<String>,
     /// Lock file for a name, kept beside the recipe
     #[arg(long, default_value = crate::hub::lock::DEFAULT, value_name = "FILE")]
     pub(crate) lock: PathBuf,
@@ -27,21 +33,23 @@ pub(crate) struct Source {
 impl Source {
     /// The file, fetched if it is a name, opened and checked; and its row of the table.
     pub(crate) fn open(&self) -> Result<(WeightFile, Option<&'static NamedWeights>)> {
-        let (path, named) = find(&self.file, &self.lock)?;
+        let (revision, sha256) = (self.revision.as_deref(), self.sha256.as_deref());
+        let wanted = hub::Wanted { name: &self.file, revision, sha256, pin_anew: revision.is_some() };
+        let (path, named) = find(&wanted, &self.lock)?;
         Ok((open(&path, self.key.as_deref())?, named))
     }
 }
 
-/// The file that `name` means: a path that is there, or a name of the table, fetched if need be.
-pub(crate) fn find(name: &str, lock: &Path) -> Result<(PathBuf, Option<&'static NamedWeights>)> {
-    let path = Path::new(name);
+/// The file that is wanted: a path that is there, or a name of the table, fetched if need be.
+pub(crate) fn find(wanted: &hub::Wanted<'_>, lock: &Path) -> Result<(PathBuf, Option<&'static NamedWeights>)> {
+    let path = Path::new(wanted.name);
     if path.exists() {
         // Its format is checked where it is opened, PyTorch's included.
+        hub::check_file(wanted, path).map_err(hub::HubError::coded)?;
         return Ok((path.to_path_buf(), None));
     }
-    let wanted = hub::Wanted { name, ..hub::Wanted::default() };
-    let path = hub::resolve(&wanted, lock).map_err(hub::HubError::coded)?;
-    Ok((path, registry::find(name)))
+    let path = hub::resolve(wanted, lock).map_err(hub::HubError::coded)?;
+    Ok((path, registry::find(wanted.name)))
 }
 
 /// Opens a weight file; what is no weight file ends with code 2.
