@@ -74,12 +74,52 @@ fn a_state_dict_inside_a_checkpoint_is_found() {
     }
     let text = WeightFile::open(fixture("twice.pt"), None).unwrap_err().to_string();
     assert!(text.contains("no state dict found") && text.contains("`teacher`") && text.contains("--key"), "{text}");
+    // A counter and a score are tensors too.
+    let mut beside = WeightFile::open(fixture("beside.pth"), None).unwrap();
+    assert_eq!(beside.key(), "state_dict");
+    assert_same(&beside.load(|_| true).unwrap(), &expected);
     let text = WeightFile::open(fixture("twice.pt"), Some("ema.model")).unwrap_err().to_string();
     assert!(text.contains("`model`") && text.contains("`weights`"), "{text}");
 
     let parameters = WeightFile::open(fixture("parameters.pth"), None).unwrap();
     assert_eq!(parameters.others(), ["note (a text)"]);
     assert_eq!(parameters.tensors().len(), 5);
+}
+
+#[test]
+fn what_a_checkpoint_keeps_beside_its_weights_is_passed_over() {
+    let expected = read(fixture("small.safetensors"), &Device::Cpu).unwrap();
+    for name in ["odd.pth", "odd4.pth"] {
+        let mut odd = WeightFile::open(fixture(name), None).unwrap();
+        assert_eq!(odd.key(), "state_dict", "{name}");
+        assert_same(&odd.load(|_| true).unwrap(), &expected);
+    }
+    // Among the tensors, too; whoever needs one of them finds it missing.
+    let mut kinds = WeightFile::open(fixture("kinds.pth"), None).unwrap();
+    assert_same(&kinds.load(|_| true).unwrap(), &expected);
+    let others = kinds.others().join(", ");
+    for said in ["complex (", "torch.ComplexFloatStorage", "unsigned (", "sparse (", "nothing was executed"] {
+        assert!(others.contains(said), "does not say `{said}`: {others}");
+    }
+}
+
+#[test]
+fn the_older_form_is_read_in_every_binary_protocol() {
+    let expected = read(fixture("small.safetensors"), &Device::Cpu).unwrap();
+    let mut file = WeightFile::open(fixture("legacy4.pth"), None).unwrap();
+    assert_eq!(file.format(), FileFormat::PytorchLegacy);
+    assert_same(&file.load(|_| true).unwrap(), &expected);
+    assert_refused(&fixture("protocol0.pth"), &["instruction 0x", "protocol 0 or 1", "torch.save's default"]);
+}
+
+#[test]
+fn names_below_a_prefix_are_asked_for() {
+    let file = WeightFile::open(fixture("nested.ckpt"), None).unwrap();
+    assert_eq!(file.prefix(), "");
+    assert_eq!(file.below("module.").unwrap().prefix(), "module.");
+    let file = WeightFile::open(fixture("nested.ckpt"), None).unwrap();
+    let text = file.below("student.").unwrap_err().to_string();
+    assert!(text.contains("no name begins with `student.`") && text.contains("`module."), "{text}");
 }
 
 /// Opens and reads `path` under an ending of its own, which must fail in time, naming the file and what it says.
@@ -165,6 +205,7 @@ fn safetensors_headers_that_lie_are_refused() {
     let two = |a: String, b: String| format!(r#"{{"first":{a},"second":{b}}}"#);
     let deep = "[".repeat(100_000);
     let many: Vec<String> = (0..400_000).map(|i| format!(r#""{i}":{}"#, one("[0]", 0, 0))).collect();
+    let thousands = many[..20_001].join(",");
     for (name, bytes, said) in [
         (
             "overlap",
@@ -194,6 +235,7 @@ fn safetensors_headers_that_lie_are_refused() {
         ("no json", safetensors("{\"a\": \u{1b}[31m}", 0), vec!["the header"]),
         ("metadata", safetensors(r#"{"__metadata__":{"a":{"b":1}}}"#, 0), vec!["the header"]),
         ("many", safetensors(&format!("{{{}}}", many.join(",")), 0), vec!["at most"]),
+        ("thousands", safetensors(&format!("{{{thousands}}}"), 0), vec!["20001 tensors", "at most 20000"]),
         ("longer than the file", [&u64::MAX.to_le_bytes()[..], b"{}"].concat(), vec!["cut short"]),
         ("short length", vec![1, 2, 3], vec!["3 bytes"]),
     ] {
@@ -209,7 +251,7 @@ fn a_file_is_what_its_ending_says() {
     let plain = fs_err::read(fixture("plain.safetensors")).unwrap();
     assert_refused(&folder.file("renamed.safetensors", &pth), &["byte 0", "is a zip archive", ".pth"]);
     assert_refused(&folder.file("legacy.safetensors", &legacy), &["is a pickle"]);
-    assert_refused(&folder.file("renamed.pth", &plain), &["byte 0", "begins with"]);
+    assert_refused(&folder.file("renamed.pth", &plain), &["byte 0", "ends in .pth", "is a safetensors file", "ending"]);
     assert_refused(&folder.file("weights.h5", &plain), &["`.h5`"]);
     assert_refused(&folder.file("weights", &plain), &["its name"]);
     assert_refused(&folder.file("page.pth", b"<!doctype html><html>not found"), &["begins with"]);
@@ -316,21 +358,18 @@ fn pickles_that_would_run_something_are_refused_by_name() {
         [b"\x80\x04".to_vec(), text("os"), text("system"), vec![0x93], command.clone(), b"\x85R.".to_vec()];
     let instance = [b"(".to_vec(), command.clone(), b"ios\nsystem\n.".to_vec()].concat();
     for (name, pickle, said) in [
-        ("system", system(b"cos\nsystem\n"), "names `os.system`"),
-        ("posix", system(b"cposix\nsystem\n"), "names `posix.system`"),
-        ("eval", system(b"c__builtin__\neval\n"), "names `__builtin__.eval`"),
+        ("system", system(b"cos\nsystem\n"), "`os.system`"),
+        ("posix", system(b"cposix\nsystem\n"), "`posix.system`"),
+        ("eval", system(b"c__builtin__\neval\n"), "`__builtin__.eval`"),
         ("load", system(b"ctorch.storage\n_load_from_bytes\n"), "_load_from_bytes"),
-        ("getattr", system(b"cbuiltins\ngetattr\n"), "names `builtins.getattr`"),
-        ("protocol 4", stack_global.concat(), "names `os.system`"),
+        ("getattr", system(b"cbuiltins\ngetattr\n"), "`builtins.getattr`"),
+        ("protocol 4", stack_global.concat(), "`os.system`"),
         ("instance", instance, "instruction 0x69"),
         ("extension", b"\x80\x02\x82\x01.".to_vec(), "instruction 0x82"),
         ("text persistent id", b"P../../x\n.".to_vec(), "instruction 0x50"),
-        ("escape", system(b"cos\x1b[31m\nsystem\n"), "names `os"),
+        ("escape", system(b"cos\x1b[31m\nsystem\n"), "`os"),
     ] {
-        assert_refused(
-            &folder.file(&format!("{name}.pth"), &checkpoint(&pickle)),
-            &["entry `archive/data.pkl`, byte", said],
-        );
+        assert_refused(&folder.file(&format!("{name}.pth"), &checkpoint(&pickle)), &["entry `archive/data.pkl`", said]);
         // The older form, whose third pickle it would be.
         let legacy =
             [b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.".to_vec(), b"\x80\x02M\xe9\x03.".to_vec(), pickle].concat();

@@ -80,6 +80,7 @@ pub struct WeightFile {
     format: FileFormat,
     key: String,
     others: Vec<String>,
+    prefix: String,
     tensors: BTreeMap<String, FileTensor>,
     contents: Contents,
 }
@@ -97,8 +98,8 @@ pub(super) fn io(path: &Path) -> impl Fn(std::io::Error) -> ModelError {
 impl WeightFile {
     /// Opens `path`; `key` names the state dict inside a PyTorch checkpoint, such as `state_dict` or `ema.module`.
     ///
-    /// Without a key, a checkpoint whose outermost dictionary holds no tensors is looked through for `state_dict`,
-    /// `model_state_dict`, `model`, `net`, `network` and `module`, in this order.
+    /// Without a key, a checkpoint is looked through for `state_dict`, `model_state_dict`, `model`, `net`, `network` and
+    /// `module`, in this order; the first that holds more tensors than the dictionary around it is taken.
     ///
     /// # Errors
     /// `File` when it is absent, cut, damaged, no weight file, of another format than its ending says, or asks for more
@@ -137,13 +138,17 @@ impl WeightFile {
             let is = if is_zip { "a zip archive" } else { "a pickle" };
             return refused("byte 0", format!("ends in .safetensors, but is {is}"), RENAME);
         }
+        if says_pickle && is_header(&first, meta.len()) {
+            let ending = shown(&ending);
+            return refused("byte 0", format!("ends in .{ending}, but is a safetensors file"), RENAME);
+        }
         if !says_safetensors && !says_pickle {
             let why = format!("ends in `.{}`, expected .safetensors, .{}", shown(&ending), PICKLE_ENDINGS.join(", ."));
             return refused("its name", why, RENAME);
         }
         let checkpoint = if is_zip {
             (FileFormat::PytorchZip, pth::open_zip(path, file, meta.len(), key)?)
-        } else if first.starts_with(pth::LEGACY_MAGIC) {
+        } else if pth::is_legacy(&first) {
             (FileFormat::PytorchLegacy, pth::open_legacy(path, file, meta.len(), key)?)
         } else if says_safetensors {
             if key.is_some() {
@@ -167,6 +172,7 @@ impl WeightFile {
             format,
             key: checkpoint.key,
             others: checkpoint.others,
+            prefix: String::new(),
             tensors,
             contents: Contents::Pytorch { tensors: checkpoint.tensors, storages: checkpoint.storages },
         };
@@ -188,6 +194,7 @@ impl WeightFile {
             format: FileFormat::Safetensors,
             key: String::new(),
             others: Vec::new(),
+            prefix: String::new(),
             tensors,
             contents: Contents::Safetensors { file, places },
         })
@@ -202,6 +209,7 @@ impl WeightFile {
             format: FileFormat::Safetensors,
             key: String::new(),
             others: Vec::new(),
+            prefix: String::new(),
             tensors,
             contents: Contents::Safetensors { file, places: BTreeMap::new() },
         }
@@ -240,6 +248,29 @@ impl WeightFile {
     /// Dotted keys that lead to the state dict inside a checkpoint; empty when it is the whole.
     pub fn key(&self) -> &str {
         &self.key
+    }
+
+    /// The same file, of which only the tensors are looked at whose names begin with `prefix`, such as `model.`; what all of
+    /// them share beyond that is found without.
+    ///
+    /// # Errors
+    /// `File` when no name begins so.
+    pub fn below(self, prefix: &str) -> Result<Self> {
+        if self.tensors.keys().any(|name| name.starts_with(prefix)) {
+            return Ok(Self { prefix: prefix.to_string(), ..self });
+        }
+        let first: Vec<String> = self.tensors.keys().take(3).map(|name| format!("`{}`", shown(name))).collect();
+        Err(ModelError::File {
+            path: self.path,
+            at: "the list of tensors".to_string(),
+            why: format!("no name begins with `{}`; the first are {}", shown(prefix), first.join(", ")),
+            hint: "`weights inspect` lists the names",
+        })
+    }
+
+    /// What the names begin with that are looked at; empty unless [`WeightFile::below`] was called.
+    pub fn prefix(&self) -> &str {
+        &self.prefix
     }
 
     /// What lies beside the tensors and is none, as `name (kind)`.

@@ -10,6 +10,8 @@ use super::dtype::FileType;
 
 /// Longest header, in bytes: thousands of tensors take hundreds of kilobytes.
 const MAX_HEADER: u64 = 16 << 20;
+/// Most tensors: no network known here comes near it, and each is compared with every name of a layout.
+pub(super) const MAX_TENSORS: usize = 20_000;
 /// Most dimensions of a tensor.
 const MAX_RANK: usize = 8;
 
@@ -96,6 +98,10 @@ pub(super) fn read(file: &mut impl Read, file_len: u64) -> Result<Vec<Listed>, R
     let mut text = vec![0; length as usize];
     file.read_exact(&mut text).or_else(|e| refusal(start, e.to_string()))?;
     let Entries(entries) = serde_json::from_slice(&text).or_else(|e| refusal(start, e.to_string()))?;
+
+    if entries.len() > MAX_TENSORS {
+        return refusal(start, format!("lists {} tensors, at most {MAX_TENSORS} are taken", entries.len()));
+    }
 
     let data_at = 8 + length;
     let mut listed = Vec::with_capacity(entries.len());

@@ -4,7 +4,7 @@
 //! only if it lies there uncompressed, as PyTorch writes it; nothing is unpacked to disk. The older tar archives (before
 //! 0.1.10) are refused.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
 
@@ -13,7 +13,7 @@ use zip::{CompressionMethod, ZipArchive};
 
 use super::dtype::FileType;
 use super::file::io;
-use super::header::shown;
+use super::header::{MAX_TENSORS, shown};
 use super::pickle::{self, Id, Pickle, TensorRef, Value};
 use crate::error::{ModelError, Result};
 
@@ -145,20 +145,36 @@ fn run(path: &Path, place: &str, bytes: &[u8]) -> Result<Pickle> {
     pickle::run(bytes).or_else(|e| refused(path, format!("{place}, byte {}", e.at), e.why, e.hint))
 }
 
-/// What the first pickle of the older form is: a number nobody else begins with.
-pub(super) const LEGACY_MAGIC: &[u8] = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.";
+/// What the first pickle of the older form holds: a number nobody else begins with.
+const LEGACY_MAGIC: &[u8] = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.";
 /// The second: version 1001.
-const LEGACY_VERSION: &[u8] = b"\x80\x02M\xe9\x03.";
+const LEGACY_VERSION: &[u8] = b"M\xe9\x03.";
+
+/// Whether a file begins as the older form does, in whatever binary protocol.
+pub(super) fn is_legacy(first: &[u8]) -> bool {
+    pickled(first, LEGACY_MAGIC).is_some()
+}
+
+/// Length of the pickle of one number that `bytes` begin with, if it is this one: protocol, from version 4 on a frame, then
+/// `number` with its end.
+fn pickled(bytes: &[u8], number: &[u8]) -> Option<usize> {
+    let [0x80, 2..=5, rest @ ..] = bytes else { return None };
+    let unframed = match rest {
+        [0x95, rest @ ..] => rest.get(8..)?,
+        _ => rest,
+    };
+    unframed.starts_with(number).then(|| bytes.len() - unframed.len() + number.len())
+}
 
 /// Opens a file of the older form.
 pub(super) fn open_legacy(path: &Path, mut file: File, file_len: u64, key: Option<&str>) -> Result<Checkpoint> {
     let mut window = Vec::new();
     file.rewind().and_then(|()| file.by_ref().take(MAX_PICKLE).read_to_end(&mut window)).map_err(io(path))?;
-    let mut at = LEGACY_MAGIC.len();
-    if !window[at..].starts_with(LEGACY_VERSION) {
+    let mut at = pickled(&window, LEGACY_MAGIC).unwrap_or_default();
+    let Some(version) = pickled(&window[at..], LEGACY_VERSION) else {
         return refused(path, format!("byte {at}"), "a version of the older form that is not 1001", RESAVE);
-    }
-    at += LEGACY_VERSION.len();
+    };
+    at += version;
     let mut next = |what: &str| -> Result<Pickle> {
         let place = format!("{what} at byte {at}");
         let pickle = run(path, &place, &window[at..])?;
@@ -166,6 +182,9 @@ pub(super) fn open_legacy(path: &Path, mut file: File, file_len: u64, key: Optio
         Ok(pickle)
     };
     let system = next("the pickle of the system")?;
+    if !matches!(system.get(system.root), Value::Dict(_)) {
+        return refused(path, "the pickle of the system", format!("is {}", system.kind(system.root)), RESAVE);
+    }
     let little = dict_get(&system, system.root, "little_endian").map(|id| system.get(id) == &Value::Bool(true));
     if little == Some(false) {
         return refused(path, "the pickle of the system", "numbers are not little-endian", RESAVE);
@@ -239,12 +258,33 @@ fn dict_get(pickle: &Pickle, dict: Id, key: &str) -> Option<Id> {
     items.iter().rev().find(|(k, _)| pickle.text(*k) == Some(key)).map(|(_, value)| *value)
 }
 
-fn has_tensors(pickle: &Pickle, dict: Id) -> bool {
-    let Value::Dict(items) = pickle.get(dict) else { return false };
-    items.iter().any(|(key, value)| pickle.text(*key).is_some() && matches!(pickle.get(*value), Value::Tensor(_)))
+fn n_tensors(pickle: &Pickle, dict: Id) -> usize {
+    let Value::Dict(items) = pickle.get(dict) else { return 0 };
+    let is_tensor =
+        |(key, value): &&(Id, Id)| pickle.text(*key).is_some() && matches!(pickle.get(*value), Value::Tensor(_));
+    items.iter().filter(is_tensor).count()
 }
 
-/// The state dict: the outermost dictionary if it holds tensors, else the one below `key` or below a name of [`NESTED`].
+/// Names of [`NESTED`] that lead from a dictionary to the state dict, and the number of its tensors: the first name below
+/// which lie more tensors than beside it, as a step counter or a score may be a tensor too.
+fn way_in(pickle: &Pickle, dict: Id, depth: usize, seen: &mut HashSet<Id>) -> (usize, Vec<(&'static str, Id)>) {
+    let own = n_tensors(pickle, dict);
+    if depth == 0 || !seen.insert(dict) {
+        return (own, Vec::new());
+    }
+    for name in NESTED {
+        let Some(next) = dict_get(pickle, dict, name).filter(|id| matches!(pickle.get(*id), Value::Dict(_))) else {
+            continue;
+        };
+        let (n, way) = way_in(pickle, next, depth - 1, seen);
+        if n > own {
+            return (n, std::iter::once((name, next)).chain(way).collect());
+        }
+    }
+    (own, Vec::new())
+}
+
+/// The state dict: the dictionary below `key`, else the one [`way_in`] leads to.
 fn find_tensors(path: &Path, place: &str, pickle: &Pickle, key: Option<&str>) -> Result<Found> {
     let mut at = pickle.root;
     let mut way: Vec<String> = Vec::new();
@@ -258,19 +298,22 @@ fn find_tensors(path: &Path, place: &str, pickle: &Pickle, key: Option<&str>) ->
             at = next;
         }
     } else {
-        for _ in 0..MAX_DEPTH {
-            if has_tensors(pickle, at) {
-                break;
-            }
-            let named = NESTED.iter().find_map(|name| Some((*name, dict_get(pickle, at, name)?)));
-            let Some((name, next)) = named.filter(|(_, id)| matches!(pickle.get(*id), Value::Dict(_))) else { break };
+        for (name, next) in way_in(pickle, at, MAX_DEPTH, &mut HashSet::new()).1 {
             way.push(name.to_string());
             at = next;
         }
     }
-    if !has_tensors(pickle, at) {
+    let n = n_tensors(pickle, at);
+    if n == 0 {
         let why = format!("no state dict found; {}", kinds(pickle, at));
-        return refused(path, place, why, "--key names the state dict inside the checkpoint");
+        let hint = match pickle.get(at) {
+            Value::Dict(_) => "--key names the state dict inside the checkpoint",
+            _ => RESAVE,
+        };
+        return refused(path, place, why, hint);
+    }
+    if n > MAX_TENSORS {
+        return refused(path, place, format!("{n} tensors, at most {MAX_TENSORS} are taken"), RESAVE);
     }
     let mut found = Found { tensors: BTreeMap::new(), others: Vec::new(), key: way.join(".") };
     let Value::Dict(items) = pickle.get(at) else { return Ok(found) };
@@ -281,8 +324,8 @@ fn find_tensors(path: &Path, place: &str, pickle: &Pickle, key: Option<&str>) ->
                     return refused(path, place, format!("tensor `{}` is there twice", shown(name)), AGAIN);
                 }
             }
-            (Some(name), other) => found.others.push(format!("{} ({})", shown(name), other.kind())),
-            (None, other) => found.others.push(format!("a key that is no text ({})", other.kind())),
+            (Some(name), _) => found.others.push(format!("{} ({})", shown(name), pickle.kind(*value))),
+            (None, _) => found.others.push(format!("a key that is no text ({})", pickle.kind(*value))),
         }
     }
     Ok(found)
@@ -290,10 +333,10 @@ fn find_tensors(path: &Path, place: &str, pickle: &Pickle, key: Option<&str>) ->
 
 /// What a value is, and the first keys of a dictionary.
 fn kinds(pickle: &Pickle, id: Id) -> String {
-    let Value::Dict(items) = pickle.get(id) else { return format!("the outermost value is {}", pickle.get(id).kind()) };
+    let Value::Dict(items) = pickle.get(id) else { return format!("the outermost value is {}", pickle.kind(id)) };
     let key = |(key, value): &(Id, Id)| {
         let name = pickle.text(*key).map_or("?".to_string(), shown);
-        format!("`{name}` ({})", pickle.get(*value).kind())
+        format!("`{name}` ({})", pickle.kind(*value))
     };
     let first: Vec<String> = items.iter().take(8).map(key).collect();
     format!("a dictionary of {} keys: {}", items.len(), first.join(", "))

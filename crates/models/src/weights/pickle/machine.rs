@@ -2,6 +2,8 @@
 
 use std::collections::HashMap;
 
+use super::super::header::shown;
+use super::value::Foreign;
 use super::{Callable, Id, Refusal, Value};
 
 /// Most opcodes of a pickle: thousands of tensors take tens of thousands.
@@ -10,6 +12,10 @@ const MAX_STEPS: usize = 4_000_000;
 pub(super) const MAX_VALUES: usize = 1_000_000;
 /// Longest name of a function or class; none that is taken comes near it.
 const MAX_NAME: usize = 512;
+/// Most functions and classes of other names.
+const MAX_FOREIGN: usize = 100;
+const BYTES: &str = "bytes";
+const EARLIEST: &str = "it was saved with pickle protocol 0 or 1; save it with torch.save's default";
 
 pub(super) const NOT_A_STATE_DICT: &str =
     "save the state dict alone: torch.save(model.state_dict(), FILE), or write .safetensors";
@@ -19,6 +25,7 @@ const BROKEN: &str = "the file is damaged or made up; obtain it again";
 #[derive(Debug)]
 pub(in crate::weights) struct Pickle {
     values: Vec<Value>,
+    foreign: Vec<String>,
     /// The outermost value.
     pub(in crate::weights) root: Id,
     /// Bytes it took.
@@ -34,6 +41,17 @@ impl Pickle {
     /// Every value there is, used or not.
     pub(in crate::weights) fn values(&self) -> impl Iterator<Item = &Value> {
         self.values.iter()
+    }
+
+    /// What a value is, in words.
+    pub(in crate::weights) fn kind(&self, id: Id) -> String {
+        match self.get(id) {
+            Value::Opaque(Foreign(i)) => match self.foreign.get(*i as usize).map_or(BYTES, String::as_str) {
+                BYTES => BYTES.to_string(),
+                name => format!("made by `{name}`, which no state dict needs; nothing was executed"),
+            },
+            other => other.kind().to_string(),
+        }
     }
 
     /// The text of a number, if it is one.
@@ -53,10 +71,11 @@ pub(in crate::weights) fn run(bytes: &[u8]) -> Result<Pickle, Refusal> {
         marks: Vec::new(),
         memo: HashMap::new(),
         copied: 0,
+        foreign: vec![BYTES.to_string()],
     };
     for _ in 0..MAX_STEPS {
         if let Some(root) = machine.step()? {
-            return Ok(Pickle { values: machine.values, root, len: machine.at });
+            return Ok(Pickle { values: machine.values, foreign: machine.foreign, root, len: machine.at });
         }
     }
     Err(machine.refusal(format!("more than {MAX_STEPS} instructions"), NOT_A_STATE_DICT))
@@ -73,6 +92,8 @@ pub(super) struct Machine<'a> {
     memo: HashMap<u32, Id>,
     /// Items copied from one dictionary into another so far.
     pub(super) copied: usize,
+    /// Names of functions and classes that are not of the list, `bytes` before them.
+    foreign: Vec<String>,
 }
 
 pub(super) type Step<T> = Result<T, Refusal>;
@@ -164,6 +185,16 @@ impl<'a> Machine<'a> {
         }
     }
 
+    fn skipped_bytes(&mut self, n: usize) -> Step<()> {
+        self.take(n)?;
+        self.push(Value::Opaque(Foreign(0)))
+    }
+
+    fn u64(&mut self) -> Step<usize> {
+        let n = u64::from_le_bytes(self.array()?);
+        usize::try_from(n).or_else(|_| self.broken(format!("{n} bytes are announced")))
+    }
+
     pub(super) fn get(&self, id: Id) -> &Value {
         &self.values[id.0 as usize]
     }
@@ -187,14 +218,22 @@ impl<'a> Machine<'a> {
     fn global(&mut self, module: &str, name: &str) -> Step<()> {
         match Callable::named(module, name) {
             Some(callable) => self.push(Value::Callable(callable)),
+            // Beside the weights a checkpoint may keep arguments, scores, schedules: only what hangs on them is lost.
             None => {
-                let shown = |text: &str| text.chars().take(80).collect::<String>();
-                let why = format!(
-                    "names `{}.{}`, which no state dict needs; nothing was executed",
-                    shown(module).escape_debug(),
-                    shown(name).escape_debug()
-                );
-                Err(self.refusal(why, NOT_A_STATE_DICT))
+                let full = shown(&format!("{module}.{name}"));
+                let known = self.foreign.iter().position(|known| *known == full);
+                let place = match known {
+                    Some(place) => place,
+                    None if self.foreign.len() < MAX_FOREIGN => {
+                        self.foreign.push(full);
+                        self.foreign.len() - 1
+                    }
+                    None => {
+                        let why = format!("names more than {MAX_FOREIGN} functions and classes");
+                        return Err(self.refusal(why, NOT_A_STATE_DICT));
+                    }
+                };
+                self.push(Value::Opaque(Foreign(place as u32)))
             }
         }
     }
@@ -259,6 +298,23 @@ impl<'a> Machine<'a> {
                 let n = self.u32()?;
                 self.text(n as usize)?;
             }
+            // Byte strings.
+            b'C' => {
+                let n = self.byte()?;
+                self.skipped_bytes(n.into())?;
+            }
+            b'B' => {
+                let n = self.u32()?;
+                self.skipped_bytes(n as usize)?;
+            }
+            0x8e | 0x96 => {
+                let n = self.u64()?;
+                self.skipped_bytes(n)?;
+            }
+            0x8d => {
+                let n = self.u64()?;
+                self.text(n)?;
+            }
             0x8c | b'U' => {
                 let n = self.byte()?;
                 self.text(n.into())?;
@@ -285,7 +341,7 @@ impl<'a> Machine<'a> {
                 self.push(Value::Tuple(items))?;
             }
             b']' | 0x8f => self.push(Value::List(Vec::new()))?,
-            b'l' => {
+            b'l' | 0x91 => {
                 let items = self.pop_marked()?;
                 self.push(Value::List(items))?;
             }
@@ -350,11 +406,21 @@ impl<'a> Machine<'a> {
                 let value = self.call(callable, arguments)?;
                 self.push(value)?;
             }
+            // With named arguments, as no function of the list is called.
+            0x92 => {
+                self.pop()?;
+                let (_, callable) = (self.pop()?, self.pop()?);
+                let value = match self.get(callable) {
+                    Value::Opaque(_) => self.get(callable).clone(),
+                    other => return self.broken(format!("{} is made of named arguments", other.kind())),
+                };
+                self.push(value)?;
+            }
             b'b' => {
                 // Attributes of a dictionary (`_metadata` of a state dict) hold no weights.
                 self.pop()?;
                 let of = self.top()?;
-                if !matches!(self.get(of), Value::Dict(_)) {
+                if !matches!(self.get(of), Value::Dict(_) | Value::Opaque(_)) {
                     let why = format!("sets attributes of {}", self.get(of).kind());
                     return Err(self.refusal(why, NOT_A_STATE_DICT));
                 }
@@ -362,7 +428,10 @@ impl<'a> Machine<'a> {
             b'Q' => {
                 let id = self.pop()?;
                 let storage = self.storage(id)?;
-                self.push(Value::Storage(storage))?;
+                self.push(storage)?;
+            }
+            op @ (b'p' | b'g' | b'I' | b'L' | b'F' | b'S' | b'V' | b'P') => {
+                return Err(self.refusal(format!("instruction 0x{op:02x} of the earliest protocols"), EARLIEST));
             }
             op => {
                 let why = format!("instruction 0x{op:02x}, which no state dict needs");
@@ -379,6 +448,7 @@ impl<'a> Machine<'a> {
                 list.extend(items);
                 Ok(())
             }
+            Value::Opaque(_) => Ok(()),
             other => {
                 let kind = other.kind();
                 self.broken(format!("appends to {kind}"))
@@ -397,6 +467,7 @@ impl<'a> Machine<'a> {
                 dict.extend(pairs.iter().map(|[key, value]| (*key, *value)));
                 Ok(())
             }
+            Value::Opaque(_) => Ok(()),
             other => {
                 let kind = other.kind();
                 self.broken(format!("inserts into {kind}"))

@@ -1,8 +1,8 @@
 //! A reader of pickles that knows what a state dict is made of, and nothing else.
 //!
 //! A pickle is a program for a stack machine whose `GLOBAL` and `REDUCE` name any Python function and call it. Here the
-//! functions are a closed list ([`Callable`]) that only describes tensors; every other name ends the reading, so nothing
-//! of the file is ever executed. candle's own reader was weighed and not taken: it allocates as many bytes as a string
+//! functions are a closed list ([`Callable`]) that only describes tensors; what any other name would make is one value
+//! without content, so nothing of the file is ever executed, and what hangs on it is no tensor. candle's own reader was weighed and not taken: it allocates as many bytes as a string
 //! claims (4 GiB from ten bytes), copies whole trees for each reference to them (a file of a kilobyte can double itself
 //! beyond any memory), panics on short argument lists, leaves out what it does not know with a line on stderr, and
 //! refuses tensors with strides.

@@ -22,10 +22,17 @@ impl Machine<'_> {
     }
 
     pub(super) fn call(&mut self, callable: Id, arguments: Id) -> Step<Value> {
+        if let foreign @ Value::Opaque(_) = self.get(callable) {
+            return Ok(foreign.clone());
+        }
         let Value::Callable(callable) = *self.get(callable) else {
             return self.broken(format!("{} is called", self.get(callable).kind()));
         };
         let arguments = self.tuple(arguments, "the argument list")?;
+        // Made of what is not read, such as a view of a storage of complex numbers.
+        if let Some(foreign @ Value::Opaque(_)) = arguments.first().map(|first| self.get(*first)) {
+            return Ok(foreign.clone());
+        }
         match (callable, arguments.as_slice()) {
             (Callable::OrderedDict, []) => Ok(Value::Dict(Vec::new())),
             // `OrderedDict([(key, value), ...])` as Python 2 wrote it, or over a dictionary.
@@ -80,7 +87,7 @@ impl Machine<'_> {
         items.into_iter().map(|item| self.number(item, what)).collect()
     }
 
-    pub(super) fn storage(&self, id: Id) -> Step<StorageRef> {
+    pub(super) fn storage(&self, id: Id) -> Step<Value> {
         let items = self.tuple(id, "a persistent id")?;
         let (kind, class, key, len) = match items.as_slice() {
             [kind, class, key, _location, len] => (*kind, *class, *key, *len),
@@ -90,6 +97,9 @@ impl Machine<'_> {
         };
         if *self.get(kind) != Value::Text("storage".to_string()) {
             return self.broken("a persistent id that is no storage");
+        }
+        if let foreign @ Value::Opaque(_) = self.get(class) {
+            return Ok(foreign.clone());
         }
         let Value::Callable(Callable::Storage(dtype)) = *self.get(class) else {
             return self.broken(format!("a storage whose class is {}", self.get(class).kind()));
@@ -107,7 +117,7 @@ impl Machine<'_> {
         if len.checked_mul(dtype.size()).is_none_or(|bytes| bytes > isize::MAX as usize) {
             return self.broken(format!("a storage of {len} elements"));
         }
-        Ok(StorageRef { key: key.clone(), dtype, len })
+        Ok(Value::Storage(StorageRef { key: key.clone(), dtype, len }))
     }
 
     fn tensor(&self, storage: Id, offset: Id, shape: Id, strides: Id) -> Step<TensorRef> {

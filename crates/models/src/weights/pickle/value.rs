@@ -25,7 +25,7 @@ pub(in crate::weights) enum Callable {
     Storage(FileType),
 }
 
-/// Every name that is taken; another one ends the reading.
+/// Every name that is taken; what another one would make is not read.
 const NAMES: [(&str, &str, Callable); 19] = [
     ("collections", "OrderedDict", Callable::OrderedDict),
     ("collections", "Counter", Callable::OrderedDict),
@@ -104,7 +104,13 @@ pub(in crate::weights) enum Value {
     Storage(StorageRef),
     /// A tensor.
     Tensor(TensorRef),
+    /// A function or class that is not of the list, what a call of it would give, or bytes: never made, never looked into.
+    Opaque(Foreign),
 }
+
+/// What stands for something that is not read, by its place among the machine's names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::weights) struct Foreign(pub(super) u32);
 
 impl Value {
     /// What it is, in words.
@@ -120,6 +126,7 @@ impl Value {
             Self::Callable(_) => "a function or class",
             Self::Storage(_) => "a storage",
             Self::Tensor(_) => "a tensor",
+            Self::Opaque(_) => "something that is not read",
         }
     }
 }
