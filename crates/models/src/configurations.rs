@@ -40,7 +40,39 @@ pub struct Cost {
     pub attention_macs: u64,
 }
 
+/// The linear layers of an image classifier, behind its encoder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ClassifierCost {
+    /// Trained elements.
+    pub n_parameters: usize,
+    /// Multiply-accumulates of an image.
+    pub macs: u64,
+}
+
 impl Configuration {
+    /// The classifier for ImageNet's 1000 classes that an encoder alone was published with: what published counts of
+    /// encoders include and [`Configuration::cost`] does not. `None` for whole networks and for U-Net's path, which was
+    /// never a classifier.
+    ///
+    /// # Errors
+    /// `Unknown` for an encoder that does not exist.
+    pub fn classifier(&self) -> Result<Option<ClassifierCost>> {
+        const CLASSES: usize = 1000;
+        let Subject::Encoder(name) = self.subject else { return Ok(None) };
+        let deepest = encoder_plan(name, EncoderOptions::default())?.taps().last().map_or(0, |tap| tap.channels);
+        let widths = match name {
+            _ if name.starts_with("unet") => return Ok(None),
+            // On a map of 7 x 7.
+            _ if name.starts_with("vgg") => vec![49 * deepest, 4096, 4096, CLASSES],
+            _ => vec![deepest, CLASSES],
+        };
+        let layers = || widths.windows(2).map(|pair| (pair[0], pair[1]));
+        Ok(Some(ClassifierCost {
+            n_parameters: layers().map(|(n_in, n_out)| n_in * n_out + n_out).sum(),
+            macs: layers().map(|(n_in, n_out)| (n_in * n_out) as u64).sum(),
+        }))
+    }
+
     /// What it costs.
     ///
     /// # Errors

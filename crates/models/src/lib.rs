@@ -52,7 +52,7 @@ mod segmenter;
 mod spec;
 pub mod weights;
 
-pub use configurations::{Configuration, Cost, Subject, configurations};
+pub use configurations::{ClassifierCost, Configuration, Cost, Subject, configurations};
 pub use error::{ModelError, Result};
 pub use frozen::Frozen;
 pub use segmenter::{

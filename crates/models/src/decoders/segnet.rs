@@ -32,8 +32,13 @@ pub(super) fn plan(spec: &ModelSpec, encoder: &dyn EncoderPlan) -> Result<Box<dy
     let taps = encoder.taps();
     let matching = pools.last() == taps.last().map(|tap| &tap.channels);
     if pools.is_empty() || !matching {
-        let hint = "vgg16-bn is the published one";
-        return Err(ModelError::setting("encoder", &spec.encoder, "one made of 2x2 max poolings", hint));
+        let hint = "SegNet undoes each pooling by its indices and mirrors the blocks between; take vgg16-bn (as published) or vgg16";
+        return Err(ModelError::setting(
+            "encoder",
+            &spec.encoder,
+            "one made of 2x2 max poolings whose indices it keeps",
+            hint,
+        ));
     }
     let style = encoder.conv_style();
     // As VGG16 has them: two convolutions before each of the first two poolings, three before the others. The last one

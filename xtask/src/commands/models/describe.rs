@@ -53,6 +53,9 @@ pub(super) fn run(args: &Describe) -> Result<()> {
     }
     println!("  parameters     {} ({})", count_text(row.params as u64), row.params);
     println!("  MACs           {} ({}) at {}x{}", macs_text(row.macs), row.macs, row.input_size[0], row.input_size[1]);
+    if let (Some(params), Some(macs)) = (row.params_with_classifier, row.macs_with_classifier) {
+        println!("  with the classifier it was trained with: {params} parameters, {macs} MACs");
+    }
     if row.attention_macs > 0 {
         println!("  attention      {} ({}) more", macs_text(row.attention_macs), row.attention_macs);
     }
@@ -84,6 +87,16 @@ fn configuration(args: &Describe) -> Result<Configuration> {
             spec.output_stride = args.output_stride.unwrap_or(spec.output_stride);
             spec.layout = args.layout.clone().unwrap_or_else(|| spec.layout.clone());
             spec.aux |= args.aux;
+            if let Some(stride) = args.output_stride {
+                let about = info(spec).map_err(|e| coded(USAGE, e))?;
+                if about.output_stride != stride {
+                    return Err(usage!(
+                        "--output-stride {stride} is not used: {} always has {}\n  hint: take it out",
+                        spec.full_name(),
+                        about.output_stride
+                    ));
+                }
+            }
         }
         Subject::Encoder(name) => {
             let changed = args.classes.is_some() || args.width.is_some() || args.output_stride.is_some();

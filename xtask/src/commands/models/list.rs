@@ -11,7 +11,8 @@ use crate::exit::{USAGE, coded};
 /// What `params` and `macs` hold.
 const COUNTED: &str = "params: trained elements; macs: multiply-accumulates of one image in convolutions and linear layers, \
                        taps on padding included; both with the auxiliary head where aux is true; attention's two products \
-                       stand apart in attention_macs";
+                       stand apart in attention_macs; of an encoder alone \
+                       both are without its classifier, with it they are params_with_classifier and macs_with_classifier";
 
 /// One network, with exact integers.
 #[derive(Debug, Serialize)]
@@ -26,6 +27,9 @@ pub(super) struct Row {
     pub(super) params: usize,
     pub(super) macs: u64,
     pub(super) attention_macs: u64,
+    /// `null` for whole networks, and for encoders that were never classifiers.
+    pub(super) params_with_classifier: Option<usize>,
+    pub(super) macs_with_classifier: Option<u64>,
     pub(super) input_size: [usize; 2],
     pub(super) output_stride: Option<usize>,
     pub(super) logits_stride: Option<usize>,
@@ -37,6 +41,7 @@ impl Row {
     /// Usage errors: what a spec or a size refuses was typed by somebody.
     pub(super) fn new(configuration: &Configuration) -> Result<Self> {
         let cost = configuration.cost().map_err(|e| coded(USAGE, e))?;
+        let with = configuration.classifier().map_err(|e| coded(USAGE, e))?;
         let spec = match &configuration.subject {
             Subject::Network(spec) => Some(spec),
             Subject::Encoder(_) => None,
@@ -56,6 +61,8 @@ impl Row {
             params: cost.n_parameters,
             macs: cost.macs,
             attention_macs: cost.attention_macs,
+            params_with_classifier: with.map(|c| cost.n_parameters + c.n_parameters),
+            macs_with_classifier: with.map(|c| cost.macs + c.macs),
             input_size: configuration.input_hw,
             output_stride: about.as_ref().map(|a| a.output_stride),
             logits_stride: about.as_ref().map(|a| a.logits_stride),
@@ -110,7 +117,21 @@ mod tests {
     fn published_networks_are_listed_with_their_own_size_and_classes() {
         let rows = rows(true, None, None).unwrap();
         let find = |name: &str| rows.iter().find(|r| r.name == name).unwrap_or_else(|| panic!("no {name}"));
+        for (name, params) in [
+            ("resnet18", 11_689_512),
+            ("resnet34", 21_797_672),
+            ("resnet50", 25_557_032),
+            ("resnet101", 44_549_160),
+            ("mobilenetv2", 3_504_872),
+            ("xception65", 39_916_312),
+            ("vgg16", 138_357_544),
+            ("densenet169", 14_149_480),
+        ] {
+            assert_eq!(find(&format!("encoder/{name}")).params_with_classifier, Some(params), "{name}");
+        }
+        assert_eq!(find("encoder/unet").params_with_classifier, None);
         let teacher = find("cirkd/deeplabv3-resnet101-deep");
+        assert_eq!(teacher.params_with_classifier, None);
         assert_eq!((teacher.params, teacher.n_classes, teacher.aux), (61_118_950, Some(19), true));
         assert_eq!((teacher.input_size, teacher.output_stride), ([512, 1024], Some(8)));
         assert_eq!(find("encoder/resnet18").n_classes, None);

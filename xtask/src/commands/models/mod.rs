@@ -7,7 +7,7 @@ mod parts;
 
 use anyhow::Result;
 
-use segdistill_models::{Configuration, ModelSpec, Subject, catalog, configurations};
+use segdistill_models::{Configuration, ModelSpec, Subject, catalog, configurations, info};
 
 use crate::cli::Models;
 use crate::exit::usage;
@@ -48,12 +48,22 @@ fn find(name: &str) -> Result<Configuration> {
     let networks = || segdistill_models::networks().iter().map(|n| n.name).collect();
     let known = if alike.is_empty() { networks() } else { alike };
     let names = full.iter().map(String::as_str).chain(published.iter().map(|c| c.name.as_str()));
-    let nearest = names.max_by(|a, b| strsim::jaro(name, a).total_cmp(&strsim::jaro(name, b)));
-    let hint = nearest.map(|n| format!("; the nearest is `{n}`")).unwrap_or_default();
+    let hint = nearest(name, names).map(|n| format!("; the nearest is `{n}`")).unwrap_or_default();
+    // A pair of two parts that exist is refused for a reason of its own.
+    if let Some(Err(why)) = ModelSpec::named(name, DEFAULT_CLASSES).ok().map(|spec| info(&spec)) {
+        return Err(crate::exit::coded(crate::exit::USAGE, why));
+    }
     Err(usage!(
         "unknown network `{name}`, known: {}\n  hint: NETWORK-ENCODER, or a name of `cargo xtask models list`{hint}",
         known.join(", ")
     ))
+}
+
+/// The most alike of `names`, if it is alike at all.
+pub(crate) fn nearest<'a>(name: &str, names: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    const ALIKE: f64 = 0.75;
+    let scored = names.map(|n| (strsim::jaro(name, n), n)).filter(|(score, _)| *score >= ALIKE);
+    scored.max_by(|(a, _), (b, _)| a.total_cmp(b)).map(|(_, n)| n)
 }
 
 /// `360x480` as [height, width].
@@ -115,6 +125,11 @@ mod tests {
         assert!(text.ends_with("the nearest is `deeplabv3plus-resnet34`"), "{text}");
         let error = find("deeplabv4-resnet18").unwrap_err().to_string();
         assert!(error.contains("known: deeplabv3plus, deeplabv3, pspnet"), "{error}");
+        assert!(!find("foo").unwrap_err().to_string().contains("nearest"));
+        let error = find("segnet-resnet18").unwrap_err();
+        assert_eq!(exit::code_of(&error), USAGE);
+        let error = error.to_string();
+        assert!(error.contains("indices") && error.contains("vgg16"), "{error}");
         assert!(find("deeplabv3plus-xception65").is_ok());
         assert_eq!(find("skd/pspnet-resnet18-deep").unwrap().input_hw, [512, 1024]);
     }
