@@ -70,6 +70,16 @@ pub enum ModelError {
     /// Weights of another library that do not fit the network; nothing was taken.
     #[error("{0}")]
     Fit(Box<crate::weights::Misfit>),
+    /// Weights whose library was told to build another network than there is here; nothing was taken.
+    #[error("`{}` says of its network what {model} is not: {}\n  hint: such a network cannot be imported; train it anew with the expected settings", path.display(), .differences.join("; "))]
+    Settings {
+        /// File with the settings.
+        path: PathBuf,
+        /// The network here.
+        model: String,
+        /// Every setting that differs, found and expected.
+        differences: Vec<String>,
+    },
     /// A weight file that cannot be written.
     #[error("cannot write weights `{path}`: {why}\n  hint: the folder must exist and have room for the file")]
     Write {

@@ -36,16 +36,16 @@ pub struct ModelSpec {
     pub encoder: String,
     /// Number of classes, void not counted: at least 2.
     pub n_classes: usize,
-    /// Multiplier of every channel count but the image's and the classes', in (0, 4]; the products are rounded to
-    /// multiples of 8, at least 8.
+    /// Multiplier of every channel count but the image's and the classes', in (0, 4]; other products than those with 1 are
+    /// rounded to multiples of 8, at least 8.
     pub width: f64,
     /// Stride of the encoder's last grid, in pixels: 8 or 16. Networks that take every step back again (those with skips
     /// to the finest grid) have the encoder as published and do not read it.
     pub output_stride: usize,
     /// Probability with which dropout zeroes an element, at the places where the network has it, in [0, 1).
     pub dropout: f64,
-    /// Channels of the decoder before `width`: a multiple of 8, at most 4096. A network whose channels follow from its
-    /// encoder's does not read it.
+    /// Channels of the decoder before `width`, 1 to 4096; PSPNet of the smp layout has twice as many before its classifier.
+    /// A network whose channels follow from its encoder's does not read it.
     pub decoder_channels: usize,
     /// Which of several published structures: `paper`, which every network has, or another that the network names, such
     /// as `smp` (segmentation_models.pytorch) or `torchvision`.
@@ -129,9 +129,9 @@ impl ModelSpec {
             return Err(ModelError::setting("dropout", self.dropout, "at least 0, below 1", hint));
         }
         let channels = self.decoder_channels;
-        if channels == 0 || !channels.is_multiple_of(8) || channels > 4096 {
+        if !(1..=4096).contains(&channels) {
             let hint = "256 is the published number; make the whole network smaller with width";
-            return Err(ModelError::setting("decoder_channels", channels, "a multiple of 8, 8 to 4096", hint));
+            return Err(ModelError::setting("decoder_channels", channels, "1 to 4096", hint));
         }
         Ok(())
     }
@@ -144,8 +144,11 @@ fn known(what: &'static str, found: &str, known: Vec<&'static str>) -> Result<()
     }
 }
 
-/// `base * width`, rounded to the nearest multiple of 8, at least 8.
+/// `base * width`, rounded to the nearest multiple of 8, at least 8; `base` itself for a width of 1.
 pub(crate) fn scaled(base: usize, width: f64) -> usize {
+    if width == 1.0 {
+        return base;
+    }
     ((base as f64 * width / 8.0).round() as usize).max(1) * 8
 }
 
@@ -193,6 +196,7 @@ mod tests {
         assert_eq!(at(0.25), [8, 16, 16, 64, 184, 384]);
         assert_eq!(at(1e-9), [8; 6]);
         assert_eq!(at(4.0), [128, 192, 256, 1024, 2912, 6144]);
+        assert_eq!([scaled(100, 1.0), scaled(100, 0.5)], [100, 48]);
     }
 
     #[test]
@@ -214,7 +218,6 @@ mod tests {
             ("dropout", ModelSpec { dropout: -0.1, ..good.clone() }),
             ("dropout", ModelSpec { dropout: f64::NAN, ..good.clone() }),
             ("decoder_channels", ModelSpec { decoder_channels: 0, ..good.clone() }),
-            ("decoder_channels", ModelSpec { decoder_channels: 100, ..good.clone() }),
             ("decoder_channels", ModelSpec { decoder_channels: 8192, ..good }),
         ];
         for (field, spec) in bad {

@@ -10,7 +10,8 @@
 //!   its normalisation, and a ResNet whose first pooling rounds up. DIFFERENCE: SKD's normalisations inside the pyramid
 //!   are followed by a leaky ReLU of slope 0.01, here by ReLU as in the paper.
 //! - `smp`, segmentation_models.pytorch's: on the first three stages alone (stride 8), the grids before the map, the grid
-//!   of one cell with a bias instead of normalisation, a 1x1 convolution to 512 channels, a 3x3 classifier.
+//!   of one cell with a bias instead of normalisation, a 1x1 convolution to twice `decoder_channels` (512 as published), a 3x3
+//!   classifier.
 
 use std::collections::BTreeMap;
 
@@ -28,8 +29,6 @@ use crate::spec::{ModelSpec, PAPER, Tap, scaled};
 
 /// Cells a side of each grid.
 const GRIDS: [usize; 4] = [1, 2, 3, 6];
-/// The smp layout's channels before the classifier.
-const SMP_CHANNELS: usize = 512;
 
 struct Plan {
     mid: usize,
@@ -63,7 +62,7 @@ pub(super) fn plan(spec: &ModelSpec, encoder: &dyn EncoderPlan) -> Result<Box<dy
         if smp && cells == 1 { shape.with_bias() } else { shape }
     };
     let joined = deepest.channels + GRIDS.len() * quarter;
-    let d = if smp { scaled(SMP_CHANNELS, spec.width) } else { quarter };
+    let d = if smp { scaled(2 * spec.decoder_channels, spec.width) } else { quarter };
     let aux = || match spec.layout.as_str() {
         "skd" => AuxShape::new(taps[mid].channels, quarter, spec.n_classes, true),
         _ => AuxShape::new(taps[mid].channels, taps[mid].channels / 4, spec.n_classes, false),

@@ -64,7 +64,7 @@ pub(super) fn plan(spec: &ModelSpec, encoder: &dyn EncoderPlan) -> Result<Box<dy
                 let up = TransposedShape { n_in, n_out: n_in / 2, kernel: 2, stride: 2, padding: 0, bias: true };
                 (Some(up), n_skip)
             }
-            false => (None, scaled(spec.decoder_channels >> i, spec.width)),
+            false => (None, scaled((spec.decoder_channels >> i).max(1), spec.width)),
         };
         let joined = up.map_or(n_in, |up| up.n_out) + n_skip;
         n_in = d;

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Device, Tensor};
 use segdistill_ops::ParamKind;
 
-use super::layout::{self, Layout};
+use super::layout::{self, Layout, NameMap};
 use super::structure;
 use crate::error::{ModelError, Result};
 use crate::spec::ModelSpec;
@@ -38,13 +38,8 @@ pub fn export(
 ) -> Result<Exported> {
     let layout: &Layout = layout::layout(layout)?;
     let names = layout.of_network(spec)?;
-    let no_name = |why: String| ModelError::Layout {
-        layout: layout.name().to_string(),
-        why,
-        hint: "networks of the published structure and width can be exported".to_string(),
-    };
     if spec.width != 1.0 {
-        return Err(no_name(format!("has no {} of width {}", spec.full_name(), spec.width)));
+        return Err(no_name(layout, format!("has no {} of width {}", spec.full_name(), spec.width)));
     }
     let mut here = tensors.clone();
     let mut n_filled = 0;
@@ -64,12 +59,39 @@ pub fn export(
         }
     }
     let mut out = BTreeMap::new();
-    for (name, tensor) in &here {
-        let there = names.to_there(name).ok_or_else(|| no_name(format!("has no name for `{name}`")))?;
+    write(&here, layout, &names, &mut out)?;
+    Ok(Exported { tensors: out, config: config(&names.config, spec, &names.encoder), n_filled })
+}
+
+/// The tensors of `encoder` alone in the names of `layout`, with the counters of its normalisations; the classifier it was
+/// published with is not among them.
+///
+/// # Errors
+/// `Unknown` and `Layout` for a layout that does not exist or has no such encoder.
+pub fn export_encoder(
+    tensors: &BTreeMap<String, Tensor>,
+    encoder: &str,
+    layout: &str,
+) -> Result<BTreeMap<String, Tensor>> {
+    let layout: &Layout = layout::layout(layout)?;
+    let mut out = BTreeMap::new();
+    write(tensors, layout, &layout.of_encoder(encoder)?, &mut out)?;
+    Ok(out)
+}
+
+/// Writes tensors under their names there.
+fn write(
+    here: &BTreeMap<String, Tensor>,
+    layout: &Layout,
+    names: &NameMap,
+    out: &mut BTreeMap<String, Tensor>,
+) -> Result<()> {
+    for (name, tensor) in here {
+        let there = names.to_there(name).ok_or_else(|| no_name(layout, format!("has no name for `{name}`")))?;
         let parts = there.len();
         let rows = tensor.dims().first().copied().unwrap_or(0);
         if parts > 1 && !rows.is_multiple_of(parts) {
-            return Err(no_name(format!("splits `{name}` into {parts}, which {rows} rows do not allow")));
+            return Err(no_name(layout, format!("splits `{name}` into {parts}, which {rows} rows do not allow")));
         }
         for (part, name) in there.into_iter().enumerate() {
             let tensor = match parts {
@@ -82,11 +104,23 @@ pub fn export(
             out.insert(name, tensor);
         }
     }
-    Ok(Exported { tensors: out, config: config(&names.config, spec, &names.encoder), n_filled })
+    Ok(())
+}
+
+fn no_name(layout: &Layout, why: String) -> ModelError {
+    ModelError::Layout {
+        layout: layout.name().to_string(),
+        why,
+        hint: "networks of the published structure and width can be exported".to_string(),
+    }
 }
 
 /// The table of a layout with the values of a spec in it.
-fn config(table: &toml::Table, spec: &ModelSpec, encoder: &str) -> serde_json::Map<String, serde_json::Value> {
+pub(super) fn config(
+    table: &toml::Table,
+    spec: &ModelSpec,
+    encoder: &str,
+) -> serde_json::Map<String, serde_json::Value> {
     use serde_json::{Value, json};
     fn filled(value: &toml::Value, fields: &[(&str, Value)]) -> Value {
         match value {
@@ -112,6 +146,7 @@ fn config(table: &toml::Table, spec: &ModelSpec, encoder: &str) -> serde_json::M
         ("n_classes", json!(spec.n_classes)),
         ("output_stride", json!(spec.output_stride)),
         ("decoder_channels", json!(d)),
+        ("decoder_channels*2", json!(d * 2)),
         ("decoder_channels/2", json!(d / 2)),
         ("decoder_channels/4", json!(d / 4)),
         ("decoder_channels/8", json!(d / 8)),

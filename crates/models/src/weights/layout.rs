@@ -91,6 +91,12 @@ struct NetworkTable {
     /// What the library's constructor is called with, `{field}` standing for a value of the spec, `{none}` for null.
     #[serde(default)]
     config: toml::Table,
+    /// Keys of `config` that no tensor shows.
+    #[serde(default)]
+    untold: Vec<String>,
+    /// Settings, of other versions too, with a value that means the same.
+    #[serde(default)]
+    same: toml::Table,
 }
 
 /// Values of a spec that a library has as its default; those left out stay as they are.
@@ -112,6 +118,8 @@ pub(super) struct NameMap {
     pub(super) encoder: String,
     pub(super) dormant: bool,
     pub(super) config: toml::Table,
+    pub(super) untold: Vec<String>,
+    pub(super) same: toml::Table,
 }
 
 /// How a library names tensors.
@@ -239,6 +247,8 @@ impl Layout {
         map.leave.extend(patterns(&table.leave, "", OF_NO_USE)?);
         map.dormant = table.dormant;
         map.config = table.config.clone();
+        map.untold = table.untold.clone();
+        map.same = table.same.clone();
         Ok(map)
     }
 
@@ -260,6 +270,8 @@ impl Layout {
             encoder: there.to_string(),
             dormant: false,
             config: toml::Table::new(),
+            untold: Vec::new(),
+            same: toml::Table::new(),
         })
     }
 

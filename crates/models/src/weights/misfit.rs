@@ -4,11 +4,13 @@ use std::path::PathBuf;
 
 use segdistill_ops::ShapeDifference;
 
-/// Differences of each kind that a message lists; the others are counted.
-const MAX_LISTED: usize = 12;
+use super::file::WeightFile;
+
+/// Differences of each kind that a message lists; the others are counted. No network here has more tensors.
+const MAX_LISTED: usize = 3000;
 
 /// Why the weights of a file do not fit.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Misfit {
     /// File.
     pub path: PathBuf,
@@ -21,6 +23,7 @@ pub struct Misfit {
     /// Tensors of the file that the network does not know.
     pub unexpected: Vec<String>,
     /// Tensors of another shape, by their name there.
+    #[serde(serialize_with = "shapes")]
     pub shapes: Vec<ShapeDifference>,
     /// Tensors that are no floats, by their name there.
     pub dtypes: Vec<String>,
@@ -28,11 +31,59 @@ pub struct Misfit {
     pub non_finite: Vec<String>,
     /// Classes of the file and of the network, where the classifier differs.
     pub classes: Option<(usize, usize)>,
+    /// What the file is, where its tensors show why it cannot fit.
+    pub cause: Option<String>,
+    /// Dictionaries that lie beside the tensors in a checkpoint and were not looked into.
+    pub beside: Vec<String>,
+}
+
+fn shapes<S: serde::Serializer>(all: &[ShapeDifference], serializer: S) -> Result<S::Ok, S::Error> {
+    #[derive(serde::Serialize)]
+    struct Written<'a> {
+        name: &'a str,
+        found: &'a [usize],
+        expected: &'a [usize],
+    }
+    serializer.collect_seq(all.iter().map(|d| Written { name: &d.name, found: &d.found, expected: &d.expected }))
 }
 
 impl Misfit {
     pub(super) fn n_tensors(&self) -> usize {
         self.missing.len() + self.unexpected.len() + self.shapes.len() + self.dtypes.len() + self.non_finite.len()
+    }
+
+    /// Looks for the one reason behind the differences.
+    pub(super) fn explain(&mut self, file: &WeightFile) {
+        let is_dictionary = |other: &String| Some(other.strip_suffix(" (a dictionary)")?.to_string());
+        self.beside = file.others().iter().filter_map(is_dictionary).collect();
+        // The first convolution alone reads three channels.
+        let images = self.shapes.iter().find_map(|d| match (d.found.as_slice(), d.expected.as_slice()) {
+            ([a, found, ..], [b, 3, ..]) if a == b && d.found.len() == 4 && d.found[2..] == d.expected[2..] => {
+                Some(*found).filter(|found| *found != 3)
+            }
+            _ => None,
+        });
+        let has = |part: &str| self.unexpected.iter().any(|name| name.contains(part));
+        let without_norm =
+            self.missing.iter().any(|(there, here)| here.starts_with("decoder.") && there.ends_with("running_mean"));
+        let binary = self.shapes.iter().any(|d| {
+            let classifier = d.name.contains("segmentation_head") || d.name.contains("classifier");
+            classifier && d.found.first() == Some(&1)
+        });
+        self.cause = if let Some(n) = images {
+            Some(format!("the file takes images of {n} channels, this program takes RGB"))
+        } else if binary {
+            Some("the file gives one logit for two classes; networks here give one a class".to_string())
+        } else if has(".attention1.") || has(".attention2.") {
+            Some("the file has attention in its decoder, as `decoder_attention_type` builds it".to_string())
+        } else if without_norm
+            && !self.unexpected.is_empty()
+            && self.unexpected.iter().all(|name| name.ends_with(".bias"))
+        {
+            Some("the file has a decoder without normalisation, as `decoder_use_norm=False` builds it".to_string())
+        } else {
+            None
+        };
     }
 
     /// How many tensors differ in each way, in words.
@@ -69,14 +120,21 @@ impl std::fmt::Display for Misfit {
         list("missing", self.missing.iter().map(|(there, here)| format!("{there} (here {here})")).collect())?;
         list("unexpected", self.unexpected.clone())?;
         list("not finite", self.non_finite.clone())?;
-        match self.classes {
-            Some((found, expected)) => write!(
+        match (self.classes, &self.cause) {
+            (_, Some(cause)) => write!(f, "\n  hint: {cause}"),
+            (Some((found, expected)), _) => write!(
                 f,
                 "\n  hint: the file has {found} classes, the network {expected}; ask for a new classifier, or for {found} classes"
             ),
-            None => {
-                write!(f, "\n  hint: another network, encoder or layout may fit: `weights inspect` lists the names")
+            _ if !self.non_finite.is_empty() => {
+                write!(f, "\n  hint: the training that wrote it diverged; take an earlier checkpoint")
             }
+            _ if !self.beside.is_empty() => {
+                let keys: Vec<String> = self.beside.iter().map(|key| format!("`{key}`")).collect();
+                let (all, first) = (keys.join(", "), &self.beside[0]);
+                write!(f, "\n  hint: beside these tensors lies a dictionary {all}: --key {first} looks into it")
+            }
+            _ => write!(f, "\n  hint: another network, encoder or layout may fit: `weights inspect` lists the names"),
         }
     }
 }

@@ -24,12 +24,13 @@ mod misfit;
 mod names;
 mod pickle;
 mod pth;
+mod settings;
 mod structure;
 #[cfg(test)]
 mod tests;
 
 pub use dtype::FileType;
-pub use export::{Exported, export};
+pub use export::{Exported, export, export_encoder};
 pub use file::{FileFormat, FileTensor, WeightFile};
 pub use import::{
     ImportOptions, Imported, LeftOut, encoder_options, import, import_check, import_encoder, spec_of, tensor_names,

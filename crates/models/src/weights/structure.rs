@@ -69,21 +69,34 @@ pub(super) fn of_whole_encoder(spec: &ModelSpec) -> Result<Arc<Structure>> {
     of_encoder(&spec.encoder, EncoderOptions { depth: 5, ..options })
 }
 
-/// Tensors of a network that have a dimension equal to a number of its spec, each with the place of that dimension;
-/// `with` gives the spec another such number.
+/// Where a number of a spec shows in a tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Place {
+    pub(super) dimension: usize,
+    /// How many times the number the dimension is.
+    pub(super) times: usize,
+}
+
+/// Tensors of a network that have a dimension equal to a number of its spec, or to twice that number where none is equal,
+/// each with its place; `with` gives the spec another such number.
 pub(super) fn dimensions(
     spec: &ModelSpec,
     with: fn(&ModelSpec, usize) -> ModelSpec,
-) -> Result<BTreeMap<String, usize>> {
+) -> Result<BTreeMap<String, Place>> {
     // Multiples of eight, as channels are.
     const TRIED: [usize; 2] = [56, 72];
     let [one, other] = TRIED.map(|n| of_network(&with(spec, n)));
     let (one, other) = (one?, other?);
-    let dimension = |(name, slot): (&String, &Slot)| {
-        let mut pairs = slot.shape.iter().zip(&other.get(name)?.shape);
-        Some((name.clone(), pairs.position(|pair| pair == (&TRIED[0], &TRIED[1]))?))
+    let places = |times: usize| -> BTreeMap<String, Place> {
+        let place = |(name, slot): (&String, &Slot)| {
+            let mut pairs = slot.shape.iter().zip(&other.get(name)?.shape);
+            let dimension = pairs.position(|pair| pair == (&(times * TRIED[0]), &(times * TRIED[1])))?;
+            Some((name.clone(), Place { dimension, times }))
+        };
+        one.iter().filter_map(place).collect()
     };
-    Ok(one.iter().filter_map(dimension).collect())
+    let equal = places(1);
+    Ok(if equal.is_empty() { places(2) } else { equal })
 }
 
 /// Names of a network that belong to its auxiliary head.

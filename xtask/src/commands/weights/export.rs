@@ -1,19 +1,19 @@
 //! `weights export`: a model of ours in the names of another library.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use candle_core::Device;
+use candle_core::{Device, Tensor};
 use clap::Args;
 use serde_json::json;
 
 use segdistill_eval::table::write_atomic;
-use segdistill_models::weights::{Exported, export, layout, read};
-use segdistill_train::checkpoint::to_safetensors;
+use segdistill_models::weights::{Exported, export, export_encoder, layout, read};
+use segdistill_train::checkpoint::{sha256_hex, to_safetensors};
 
 use super::import::UNUSED;
-use crate::exit::{USAGE, coded, usage};
+use crate::exit::{UNAVAILABLE, USAGE, coded, usage};
 use crate::run_folder::{FinalConfig, model_card, model_place, read_final};
 
 #[derive(Debug, Args)]
@@ -26,7 +26,7 @@ Writes model.safetensors with every tensor of the library's state dict, config.j
 and a model card. Networks are exported at full width, in the structure of the library: for smp's DeepLabV3+, DeepLabV3 and
 PSPNet, train with layout = \"smp\".")]
 pub(crate) struct Export {
-    /// Stage folder of a run, or a folder that `weights import` wrote
+    /// Stage folder of a run, or a folder that `weights import` wrote, of a network or an encoder alone
     #[arg(value_name = "DIR")]
     pub(crate) model: PathBuf,
     /// Whose names: smp, torchvision, transformers, cirkd
@@ -46,6 +46,9 @@ pub(crate) fn run(args: &Export) -> Result<()> {
         return Err(usage!("`{}` is there already\n  hint: choose a new or empty --out folder", args.out.display()));
     }
     let library = layout(&args.layout).map_err(|e| coded(USAGE, e))?;
+    if let Some((name, tensors)) = encoder_in(&args.model)? {
+        return encoder(args, &name, &tensors, library.name());
+    }
     // Verified against its digest, and whole.
     let config = read_final(&args.model, &Device::Cpu)?.config;
     let place = model_place(&args.model);
@@ -79,6 +82,43 @@ pub(crate) fn run(args: &Export) -> Result<()> {
         if exported.n_filled > 0 {
             println!("  {} of them never run and filled with constants", exported.n_filled);
         }
+    }
+    Ok(())
+}
+
+/// Name and tensors of an encoder that `weights import` wrote, if the folder holds one; verified against its digest.
+fn encoder_in(folder: &Path) -> Result<Option<(String, BTreeMap<String, Tensor>)>> {
+    let Ok(config) = fs_err::read(folder.join("config.json")) else { return Ok(None) };
+    let config: serde_json::Value = serde_json::from_slice(&config).unwrap_or_default();
+    let (Some("encoder"), Some(name)) = (config["role"].as_str(), config["encoder"].as_str()) else { return Ok(None) };
+    let path = folder.join("model.safetensors");
+    let found = sha256_hex(&fs_err::read(&path).map_err(|e| coded(UNAVAILABLE, e))?);
+    if config["sha256"] != found.as_str() {
+        anyhow::bail!(
+            "`{}` has sha256 {found}, expected {}\n  hint: the file was changed or cut; import it again",
+            path.display(),
+            config["sha256"]
+        );
+    }
+    Ok(Some((name.to_string(), read(&path, &Device::Cpu)?)))
+}
+
+/// An encoder alone: its tensors in the library's names, without the classifier.
+fn encoder(args: &Export, name: &str, tensors: &BTreeMap<String, Tensor>, library: &str) -> Result<()> {
+    let tensors = export_encoder(tensors, name, library).map_err(|e| coded(USAGE, e))?;
+    fs_err::create_dir_all(&args.out)?;
+    write_atomic(&args.out.join("model.safetensors"), &to_safetensors(&tensors)?)?;
+    let card = format!(
+        "# {name}\n\nAn encoder in the names of {library}, exported by segdistill. The classifier is not in it: load it \
+         with `strict=False`.\n"
+    );
+    write_atomic(&args.out.join("README.md"), card.as_bytes())?;
+    if args.json {
+        let value = json!({ "out": args.out, "layout": library, "encoder": name, "n_tensors": tensors.len() });
+        println!("{}", serde_json::to_string_pretty(&value)?);
+    } else {
+        println!("{name} in layout {library}: {} tensors into {}", tensors.len(), args.out.display());
+        println!("  the classifier is not in it: load it with strict=False");
     }
     Ok(())
 }

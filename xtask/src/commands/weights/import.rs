@@ -18,6 +18,7 @@ use segdistill_models::{Frozen, ModelSpec, info, macs};
 use segdistill_train::checkpoint::{sha256_hex, to_safetensors};
 
 use super::source::{self, Source};
+use crate::commands::models::nearest;
 use crate::exit::{USAGE, coded, usage};
 use crate::hub::registry::NamedWeights;
 use crate::run_folder::{FinalConfig, class_lists, write_model};
@@ -32,11 +33,15 @@ Examples:
   cargo xtask weights import model.safetensors --model unet-resnet34 --classes 11 --new-classifier 0 --out start
 
 Everything fits or nothing is written: missing, unexpected and misshapen tensors are listed. The number of classes and the
-decoder's channels are read off the file. The folder holds model.safetensors, config.json and a model card; predict,
+decoder's channels are read off the file; output stride, rates and the like no tensor shows: a config.json that smp's
+save_pretrained left beside the file is read and must agree, without one it is printed what was assumed. The folder holds model.safetensors, config.json and a model card; predict,
 weights verify and weights export take it, and recipes as teacher.weights or student.weights.")]
 pub(crate) struct Import {
     #[command(flatten)]
     pub(crate) source: Source,
+    /// What the names to take begin with, such as model. or student.; default: what they all share is found
+    #[arg(long, value_name = "PREFIX")]
+    pub(crate) prefix: Option<String>,
     /// Network with its encoder, such as unet-resnet34, or an encoder alone, such as mit-b2
     #[arg(long, value_name = "NAME")]
     pub(crate) model: String,
@@ -80,22 +85,37 @@ pub(crate) fn run(args: &Import) -> Result<()> {
     if args.stated_miou.is_some_and(|miou| !(0.0..=1.0).contains(&miou)) {
         return Err(usage!("--stated-miou is a fraction from 0 to 1"));
     }
-    let (mut file, named) = args.source.open()?;
+    let (file, named) = args.source.open()?;
+    let mut file = match &args.prefix {
+        Some(prefix) => file.below(prefix).map_err(|e| coded(USAGE, e))?,
+        None => file,
+    };
     let layout_name = source::layout(&args.layout, named);
     let model = our_name(&args.model);
     if encoders::names().contains(&model.as_str()) && ModelSpec::named(&model, 2).is_err() {
         return encoder(args, &model, &mut file, layout_name);
     }
+    known(&model)?;
     let (mut spec, found) = spec_of(&file, &model, layout_name).map_err(|e| coded(USAGE, e))?;
     let file_classes = spec.n_classes;
     spec.n_classes = args.classes.unwrap_or(spec.n_classes);
     spec.output_stride = args.output_stride.unwrap_or(spec.output_stride);
+    let about = info(&spec).map_err(|e| coded(USAGE, e))?;
+    if let Some(stride) = args.output_stride.filter(|stride| *stride != about.output_stride) {
+        return Err(usage!(
+            "--output-stride {stride} is not used: {} always has {}\n  hint: take it out",
+            spec.full_name(),
+            about.output_stride
+        ));
+    }
     let options = ImportOptions { new_classifier: args.new_classifier };
-    let imported = import(&mut file, &spec, found.name(), options).map_err(|e| coded(USAGE, e))?;
+    let mut imported = import(&mut file, &spec, found.name(), options).map_err(|e| coded(USAGE, e))?;
+    if args.output_stride.is_some() {
+        imported.assumed.retain(|key, _| !key.ends_with("output_stride"));
+    }
     // Built once, so that a folder is written only for weights that run.
     Frozen::new(&spec, imported.tensors.clone(), DType::F32, &Device::Cpu).map_err(|e| coded(USAGE, e))?;
 
-    let about = info(&spec).map_err(|e| coded(USAGE, e))?;
     let classes = Classes::of(args, &spec)?;
     let input_size = match &args.input_size {
         Some(text) => crate::commands::models::parse_size(text)?,
@@ -131,7 +151,25 @@ pub(crate) fn run(args: &Import) -> Result<()> {
         write_atomic(&args.out.join(UNUSED), &to_safetensors(&imported.dormant)?)?;
     }
     write_model(&args.out, &mut config, &imported.tensors)?;
-    report(args, &imported, &spec.full_name(), json!({ "classes": spec.n_classes, "model": spec }))
+    report(args, &imported, file.others(), &spec.full_name(), json!({ "classes": spec.n_classes, "model": spec }))
+}
+
+/// Refuses a name that is neither a network nor an encoder, naming the nearest of both.
+fn known(name: &str) -> Result<()> {
+    let is_network = |name: &str| segdistill_models::networks().iter().any(|n| n.name == name);
+    if ModelSpec::named(name, 2).is_ok() || name.split_once('-').is_some_and(|(network, _)| is_network(network)) {
+        return Ok(());
+    }
+    let networks: Vec<&str> = segdistill_models::networks().iter().map(|n| n.name).collect();
+    let encoders = encoders::names();
+    let all = networks.iter().chain(&encoders).copied();
+    let hint = nearest(name, all).map(|n| format!("; the nearest is `{n}`")).unwrap_or_default();
+    Err(usage!(
+        "unknown network or encoder `{name}`, networks: {}; encoders: {}\n  hint: a network is written \
+         NETWORK-ENCODER, an encoder alone by its name{hint}",
+        networks.join(", "),
+        encoders.join(", ")
+    ))
 }
 
 /// What a file is called in records: its name on the hub or its file name, no path of this machine.
@@ -170,10 +208,11 @@ fn encoder(args: &Import, name: &str, file: &mut WeightFile, layout_name: &str) 
     );
     write_atomic(&args.out.join("README.md"), card.as_bytes())?;
     write_atomic(&args.out.join("config.json"), &serde_json::to_vec_pretty(&config)?)?;
-    report(args, &imported, name, json!({ "encoder": name }))
+    report(args, &imported, file.others(), name, json!({ "encoder": name }))
 }
 
-fn report(args: &Import, imported: &Imported, name: &str, more: serde_json::Value) -> Result<()> {
+/// Says what was taken, what was not, and `others`, what lay beside the tensors and is none.
+fn report(args: &Import, imported: &Imported, others: &[String], name: &str, more: serde_json::Value) -> Result<()> {
     let mut why: BTreeMap<&str, usize> = BTreeMap::new();
     for left in &imported.left_out {
         *why.entry(left.why).or_default() += 1;
@@ -181,7 +220,7 @@ fn report(args: &Import, imported: &Imported, name: &str, more: serde_json::Valu
     if args.json {
         let mut value = json!({
             "out": args.out, "layout": imported.layout, "n_tensors": imported.tensors.len(),
-            "left_out": imported.left_out, "wrapper": imported.wrapper,
+            "left_out": imported.left_out, "wrapper": imported.wrapper, "assumed": imported.assumed, "others": others,
         });
         if let (Some(value), Some(more)) = (value.as_object_mut(), more.as_object()) {
             value.extend(more.clone());
@@ -195,6 +234,13 @@ fn report(args: &Import, imported: &Imported, name: &str, more: serde_json::Valu
     }
     for (why, n) in why {
         println!("  {n} left out: {why}");
+    }
+    for other in others {
+        println!("  no tensor: {other}");
+    }
+    if !imported.assumed.is_empty() {
+        let assumed: Vec<String> = imported.assumed.iter().map(|(key, value)| format!("{key} = {value}")).collect();
+        println!("  assumed, as no tensor shows it: {}", assumed.join(", "));
     }
     Ok(())
 }

@@ -6,7 +6,7 @@ use anyhow::Result;
 use clap::Args;
 use serde_json::json;
 
-use segdistill_models::weights::{import_check, layouts, our_name, spec_of};
+use segdistill_models::weights::{Misfit, import_check, layouts, our_name, spec_of};
 
 use super::source::Source;
 use crate::exit::{USAGE, coded};
@@ -20,6 +20,9 @@ Examples:
 pub(crate) struct Inspect {
     #[command(flatten)]
     pub(crate) source: Source,
+    /// What the names to hold against it begin with; default: what they all share is found
+    #[arg(long, requires = "model", value_name = "PREFIX")]
+    pub(crate) prefix: Option<String>,
     /// Network or encoder to hold it against, in every layout
     #[arg(long, value_name = "NAME")]
     pub(crate) model: Option<String>,
@@ -37,6 +40,10 @@ const FEW: usize = 20;
 /// Runs the command.
 pub(crate) fn run(args: &Inspect) -> Result<()> {
     let (file, _) = args.source.open()?;
+    let file = match &args.prefix {
+        Some(prefix) => file.below(prefix).map_err(|e| coded(USAGE, e))?,
+        None => file,
+    };
     let fits = args.model.as_deref().map(|model| fits(&file, &our_name(model))).transpose()?;
     let mut by_type: BTreeMap<&str, usize> = BTreeMap::new();
     let mut n_floats = 0usize;
@@ -71,27 +78,39 @@ pub(crate) fn run(args: &Inspect) -> Result<()> {
         println!("  no tensor: {other}");
     }
     for (layout, verdict) in fits.into_iter().flatten() {
-        println!("{layout}: {verdict}");
+        println!("{layout}: {}", verdict.summary);
+        if let Some(cause) = verdict.misfit.and_then(|misfit| misfit.cause) {
+            println!("  {cause}");
+        }
     }
     Ok(())
 }
 
+/// Whether a file fits a network in one layout.
+#[derive(Debug, serde::Serialize)]
+struct Verdict {
+    fits: bool,
+    summary: String,
+    /// Every difference, where it does not.
+    misfit: Option<Misfit>,
+}
+
 /// Whether the file fits `model` in each layout that has names for it.
-fn fits(file: &segdistill_models::weights::WeightFile, model: &str) -> Result<BTreeMap<String, String>> {
+fn fits(file: &segdistill_models::weights::WeightFile, model: &str) -> Result<BTreeMap<String, Verdict>> {
     let mut out = BTreeMap::new();
     for layout in layouts() {
         if !layout.networks().iter().any(|name| name == model) {
             continue;
         }
-        let verdict = match import_check(file, model, layout.name()) {
-            Ok(None) => match spec_of(file, model, layout.name()) {
+        let misfit = import_check(file, model, layout.name()).map_err(|e| coded(USAGE, e))?;
+        let summary = match &misfit {
+            None => match spec_of(file, model, layout.name()) {
                 Ok((spec, _)) => format!("fits, {} classes", spec.n_classes),
                 Err(_) => "fits, an encoder".to_string(),
             },
-            Ok(Some(misfit)) => misfit.counts(),
-            Err(error) => return Err(coded(USAGE, error)),
+            Some(misfit) => misfit.counts(),
         };
-        out.insert(layout.name().to_string(), verdict);
+        out.insert(layout.name().to_string(), Verdict { fits: misfit.is_none(), summary, misfit });
     }
     if out.is_empty() {
         let known: Vec<String> = layouts().iter().flat_map(|l| l.networks()).collect();
