@@ -46,7 +46,7 @@ pub(crate) struct FinalConfig {
     pub(crate) input_size: [usize; 2],
     /// Trained parameters, buffers left out.
     pub(crate) params: usize,
-    /// Multiply-accumulates of one image at `input_size`, convolutions only.
+    /// Multiply-accumulates of one image at `input_size`, convolutions and linear layers.
     pub(crate) macs: u64,
     /// Step of these weights, chosen on val.
     pub(crate) best_step: u64,
@@ -296,6 +296,13 @@ pub(crate) fn read_config(dir: &Path) -> Result<FinalConfig> {
         );
         coded(UNAVAILABLE, hint)
     })?;
+    let role = serde_json::from_slice::<serde_json::Value>(&bytes).ok();
+    if role.is_some_and(|config| config["role"] == "encoder") {
+        return Err(usage!(
+            "`{}` is an encoder alone, expected a whole network\n  hint: a recipe takes it as teacher.encoder_weights or student.encoder_weights",
+            dir.display()
+        ));
+    }
     serde_json::from_slice(&bytes).with_context(|| format!("`{}` is not the configuration of a model", path.display()))
 }
 
@@ -350,19 +357,19 @@ pub(crate) fn model_card(c: &FinalConfig) -> String {
          {trained}\n\n\
          | | |\n|---|---|\n\
          | network | {name}, encoder {encoder}, width {width}, output stride {os} |\n\
-         | data | {data}, {n} classes: {classes} |\n\
+         | data | {data}{n} classes: {classes} |\n\
          | input | RGB in [0, 1] at {h}x{w}; the network normalises for itself |\n\
          | objective | {method}, seed {seed} |\n\
          | weights | {origin} |\n\
          | val mIoU | {miou} |\n\
          | parameters | {params} |\n\
-         | MACs | {macs} an image, convolutions only |\n",
+         | MACs | {macs} an image, convolutions and linear layers |\n",
         name = m.name,
         encoder = m.encoder,
         method = c.method,
         width = m.width,
-        os = m.output_stride,
-        data = c.dataset,
+        os = segdistill_models::info(m).map_or(m.output_stride, |about| about.output_stride),
+        data = if c.dataset.is_empty() { String::new() } else { format!("{}, ", c.dataset) },
         n = m.n_classes,
         classes = c.classes.join(", "),
         h = c.input_size[0],

@@ -95,13 +95,17 @@ fn what_is_imported_runs_as_the_library_and_goes_back_unchanged() {
     let inspected: Value =
         serde_json::from_str(&good(&["weights", "inspect", &file, "--model", "segformer-mit-b0", "--json"])).unwrap();
     assert_eq!(inspected["format"], "safetensors");
-    assert_eq!(inspected["fits"]["smp"], "fits, 5 classes");
-    assert!(inspected["fits"]["transformers"].as_str().unwrap().contains("missing"));
+    let fits = &inspected["fits"];
+    assert_eq!((&fits["smp"]["summary"], &fits["smp"]["fits"]), (&"fits, 5 classes".into(), &true.into()));
+    assert!(fits["transformers"]["summary"].as_str().unwrap().contains("missing"));
+    let missing = fits["transformers"]["misfit"]["missing"].as_array().unwrap();
+    assert!(missing.len() > 100, "{missing:?}");
     assert_eq!(inspected["tensors"]["encoder.norm4.weight"]["shape"], serde_json::json!([256]));
 
     let report = good(&["weights", "import", &file, "--model", "segformer-mit-b0", "--out", &imported, "--json"]);
     let report: Value = serde_json::from_str(&report).unwrap();
     assert_eq!((&report["layout"], &report["classes"]), (&"smp".into(), &5.into()));
+    assert_eq!(report["assumed"], serde_json::json!({ "activation": null, "upsampling": 4 }));
     let config = json(&world.path("in/config.json"));
     assert_eq!((&config["role"], &config["align_corners"]), (&"imported".into(), &true.into()));
     assert!(config["val_miou"].is_null() && !config["origin"].as_str().unwrap().contains('/'), "{config}");
@@ -204,7 +208,15 @@ fn hostile_and_unfit_files_write_nothing_and_say_why() {
         refused(&args, 2, said);
     };
     unfit(&[], "segformer-mit-b1", &["does not fit", "of another shape", "hint: "]);
-    unfit(&[], "unet-resnet18", &["missing", "... and ", "more"]);
+    unfit(&[], "unet-resnet18", &["found none that fits", "smp: ", "missing", "--layout"]);
+    unfit(&["--layout", "smp"], "unet-resnet18", &["missing", "encoder.layer4.1.bn2.running_var", "hint: "]);
+    unfit(&["--output-stride", "8"], "segformer-mit-b0", &["--output-stride 8 is not used", "always has 32"]);
+    unfit(&["--prefix", "student."], "segformer-mit-b0", &["no name begins with `student.`"]);
+    unfit(&[], "resnet19", &["segformer", "encoders: resnet18", "the nearest is `resnet18`"]);
+    let settings = world.path("config.json");
+    fs_err::write(&settings, r#"{"_model_class": "Segformer", "upsampling": 8, "in_channels": 3}"#).unwrap();
+    unfit(&[], "segformer-mit-b0", &["config.json", "upsampling: found 8, expected 4", "hint: "]);
+    fs_err::remove_file(settings).unwrap();
     unfit(&["--layout", "keras"], "segformer-mit-b0", &["unknown layout `keras`", "transformers"]);
     unfit(&["--layout", "timm"], "segformer-mit-b0", &["layout"]);
     unfit(&["--classes", "7"], "segformer-mit-b0", &["5 classes, the network 7"]);
@@ -240,7 +252,36 @@ fn hostile_and_unfit_files_write_nothing_and_say_why() {
     );
     let tensor = ["predict", "--model", &out, "--tensor", &good_file, "--save-logits", &world.text("l.safetensors")];
     refused(&tensor, 2, &["images_nchw"]);
+    for (name, side, value, said) in [("small", 16, 0.5f32, "32"), ("nan", 32, f32::NAN, "NaN or infinity")] {
+        let images = Tensor::full(value, (1, 3, side, side), &Device::Cpu).unwrap();
+        let file = world.path(&format!("{name}.safetensors"));
+        save(&file, &BTreeMap::from([("images_nchw".to_string(), images)])).unwrap();
+        let (file, logits) = (file.to_str().unwrap(), world.text("l.safetensors"));
+        refused(&["predict", "--model", &out, "--tensor", file, "--save-logits", &logits], 2, &[said]);
+    }
     assert!(!world.path("x").exists() && !world.path("l.safetensors").exists());
+}
+
+#[test]
+fn an_encoder_alone_goes_in_and_out_and_is_no_network() {
+    let world = World::new(5);
+    let encoder: BTreeMap<String, Tensor> = world
+        .tensors
+        .iter()
+        .filter_map(|(name, t)| Some((name.strip_prefix("encoder.")?.to_string(), t.clone())))
+        .collect();
+    let (file, folder, out) = (world.text("encoder.safetensors"), world.text("encoder"), world.text("exported"));
+    save(&file, &encoder).unwrap();
+    good(&["weights", "import", &file, "--model", "mit-b0", "--out", &folder]);
+    good(&["weights", "export", &folder, "--layout", "smp", "--out", &out]);
+    let exported = read(world.path("exported/model.safetensors"), &Device::Cpu).unwrap();
+    assert_eq!(exported.keys().collect::<Vec<_>>(), encoder.keys().collect::<Vec<_>>());
+    for (name, tensor) in &exported {
+        assert_eq!(values(tensor), values(&encoder[name]), "{name}");
+    }
+    refused(&["weights", "export", &folder, "--layout", "timm", "--out", &world.text("x")], 2, &["`mit-b0`"]);
+    let tensor = ["predict", "--model", &folder, "--tensor", &file, "--save-logits", &world.text("l.safetensors")];
+    refused(&tensor, 2, &["encoder alone", "student.encoder_weights"]);
 }
 
 /// A CamVid of two images in val.

@@ -10,13 +10,15 @@ use segdistill_data::preview::{overlay, read_image, write_label_png, write_png};
 use segdistill_data::{LabelMap, Manifest};
 use segdistill_eval::predict_labels;
 use segdistill_eval::table::write_atomic;
+use segdistill_models::ModelError;
 use segdistill_models::weights::WeightFile;
+use segdistill_ops::params::all_finite;
 use segdistill_ops::resize_bilinear;
 use segdistill_train::checkpoint::to_safetensors;
-use segdistill_train::image_tensor;
+use segdistill_train::{TrainError, image_tensor};
 
 use crate::cli::Predict;
-use crate::exit::{DATA, UNAVAILABLE, coded, usage};
+use crate::exit::{DATA, UNAVAILABLE, USAGE, coded, usage};
 use crate::pipeline::file_stem;
 use crate::progress::Progress;
 use crate::run_folder::{class_table, read_final};
@@ -181,12 +183,23 @@ fn of_tensor(args: &Predict, path: &Path, device: &Device) -> Result<()> {
             MOST_LOGITS >> 30
         ));
     }
-    let images = file.load(|name| name == IMAGES)?[IMAGES].to_dtype(DType::F32)?.to_device(device)?;
+    let images = file.load(|name| name == IMAGES)?[IMAGES].to_dtype(DType::F32)?;
+    if !all_finite(&images)? {
+        return Err(usage!(
+            "`{IMAGES}` in `{}` holds NaN or infinity\n  hint: a channel without variance divides by zero; normalise by the model's mean and std",
+            path.display()
+        ));
+    }
+    let images = images.to_device(device)?;
     let mut progress = Progress::new("predict", n as u64, "images");
     let mut logits = Vec::with_capacity(n);
     for i in 0..n {
         // One at a time, so that memory does not grow with their number.
-        let grid = model.logits_of_normalised(&images.narrow(0, i, 1)?.contiguous()?)?;
+        let image = images.narrow(0, i, 1)?.contiguous()?;
+        let grid = model.logits_of_normalised(&image).map_err(|e| match e {
+            TrainError::Model(ModelError::Input { .. }) => coded(USAGE, e),
+            other => other.into(),
+        })?;
         let (_, _, grid_h, grid_w) = grid.dims4()?;
         logits.push(if [grid_h, grid_w] == [h, w] { grid } else { resize_bilinear(&grid, [h, w], false)? });
         progress.set(i as u64 + 1, String::new);
