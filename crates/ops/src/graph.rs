@@ -15,7 +15,7 @@ use std::sync::{Arc, LazyLock, Mutex, OnceLock, PoisonError, Weak};
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
 use candle_core::backprop::GradStore;
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Shape, Tensor, TensorId};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Shape, Tensor, TensorId, Var};
 
 use crate::cpu::{for_float, with_slice};
 use crate::error::{OpsError, Result};
@@ -331,6 +331,73 @@ pub fn backward_from(outputs: Vec<(Tensor, Tensor)>) -> Result<GradStore> {
     Ok(found)
 }
 
+/// A scalar function of one tensor, made of any operations, as one step of the walk: its gradient is formed together with
+/// its value, and nothing of what `f` recorded is kept.
+///
+/// For a function that holds operations of candle's own above a network: without it they would take the network's whole
+/// backward pass with them. What else `f` uses is constant here, variables included.
+///
+/// # Shapes
+/// `x`: any, f32 or f64; `f` returns `[]`
+/// # Gradient
+/// That of `f` with respect to `x`, times the result's gradient.
+/// # Errors
+/// `Shape` when `f` gives no scalar; what `f` reports.
+/// # Example
+/// ```
+/// use candle_core::{Device, Tensor, Var};
+/// use segdistill_ops::graph;
+/// let x = Var::new(&[1f64, 2.0], &Device::Cpu)?;
+/// let loss = graph::scalar(x.as_tensor(), |x| -> segdistill_ops::Result<_> { Ok(x.sqr()?.sum_all()?) })?;
+/// assert_eq!(graph::handovers(&[loss.clone()]), 0);
+/// assert_eq!(graph::backward(loss)?.get(&x).expect("x stands behind it").to_vec1::<f64>()?, [2.0, 4.0]);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub fn scalar<E: From<OpsError> + From<candle_core::Error>>(
+    x: &Tensor,
+    f: impl FnOnce(&Tensor) -> std::result::Result<Tensor, E>,
+) -> std::result::Result<Tensor, E> {
+    // Where all of the walk is candle's, nothing is gained by cutting it.
+    if !x.device().is_cpu() || !x.track_op() {
+        return f(x);
+    }
+    let inner = Var::from_tensor(&x.detach().contiguous()?)?;
+    let value = f(inner.as_tensor())?;
+    if value.rank() != 0 {
+        let hint = "sum or average before returning";
+        return Err(OpsError::shape("scalar", format!("{:?}", value.dims()), "a scalar", hint).into());
+    }
+    let constant = value.detach();
+    let gradient = backward(value)?.remove(&inner);
+    let gradient = gradient.map_or_else(|| inner.zeros_like(), Ok)?.detach();
+    Ok(apply1(&x.contiguous()?, Scalar { value: constant, gradient })?)
+}
+
+/// What [`scalar`] found.
+struct Scalar {
+    value: Tensor,
+    gradient: Tensor,
+}
+
+impl CustomOp1 for Scalar {
+    fn name(&self) -> &'static str {
+        "scalar"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        let (storage, _) = self.value.storage_and_layout();
+        match &*storage {
+            candle_core::Storage::Cpu(value) => Ok((value.clone(), Shape::from(()))),
+            _ => candle_core::bail!("the value was formed on the host"),
+        }
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        let factor = grad.to_dtype(candle_core::DType::F64)?.to_scalar::<f64>()?;
+        Ok(Some((&self.gradient * factor)?.detach()))
+    }
+}
+
 /// From how many places [`backward_from`] these outputs would leave the rest to candle's walk: operations that were not
 /// applied by this module, with a variable behind them, and reached without passing another such.
 ///
@@ -395,7 +462,7 @@ fn sum(a: &Tensor, b: &Tensor) -> candle_core::Result<Tensor> {
 mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
-    use candle_core::{DType, Device, Var};
+    use candle_core::{DType, Device};
 
     use super::*;
     use crate::testing::{assert_close, random_f64};

@@ -78,11 +78,12 @@ pub fn pixel_runs<T: Element, R: Send>(
 /// Lanes of a sum: fixed, so that wide and narrow processors add in one order.
 pub(crate) const LANES: usize = 32;
 
-/// `sum_i f(a_i, b_i, ..)` for `K` functions at once: [`LANES`] partial sums each in the element type, added up in f64.
+/// `sum_i f(a_i, b_i, ..)` for `K` functions at once: 32 partial sums each in the element type, added up in f64.
 ///
-/// Meant for blocks of a few thousand elements: a lane adds a few hundred values at most before f64 takes over.
+/// Meant for blocks of a few thousand elements: a lane adds a few hundred values at most before f64 takes over. The
+/// order of the sums depends on the length alone. Call it under [`vectorised`](crate::vectorised).
 #[inline(always)]
-pub(crate) fn block_sums<T: Element, const N: usize, const K: usize>(
+pub fn block_sums<T: Element, const N: usize, const K: usize>(
     arrays: [&[T]; N],
     f: impl Fn([T; N]) -> [T; K],
 ) -> [f64; K] {
