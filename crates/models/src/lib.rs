@@ -41,8 +41,10 @@
 
 #![forbid(unsafe_code)]
 
+pub mod adapter;
 mod configurations;
 pub mod decoders;
+mod discriminator;
 pub mod encoders;
 mod error;
 mod frozen;
@@ -53,6 +55,7 @@ mod spec;
 pub mod weights;
 
 pub use configurations::{ClassifierCost, Configuration, Cost, Subject, configurations};
+pub use discriminator::{Discriminator, DiscriminatorSpec};
 pub use error::{ModelError, Result};
 pub use frozen::Frozen;
 pub use segmenter::{

@@ -116,10 +116,7 @@ impl ModelSpec {
             let hint = "count the classes without void";
             return Err(ModelError::setting("n_classes", self.n_classes, "2 to 255", hint));
         }
-        // Written so that NaN fails too.
-        if !(self.width > 0.0 && self.width <= 4.0) {
-            return Err(ModelError::setting("width", self.width, "above 0, at most 4", "1 is the published width"));
-        }
+        check_width(self.width)?;
         if network.dilated && ![8, 16].contains(&self.output_stride) {
             let hint = "16 is the published setting, 8 costs two to three times as much";
             return Err(ModelError::setting("output_stride", self.output_stride, "8 or 16", hint));
@@ -141,6 +138,15 @@ fn known(what: &'static str, found: &str, known: Vec<&'static str>) -> Result<()
     match known.contains(&found) {
         true => Ok(()),
         false => Err(ModelError::Unknown { what, found: found.to_string(), known }),
+    }
+}
+
+/// Checks a multiplier of channel counts.
+pub(crate) fn check_width(width: f64) -> Result<()> {
+    // Written so that NaN fails too.
+    match width > 0.0 && width <= 4.0 {
+        true => Ok(()),
+        false => Err(ModelError::setting("width", width, "above 0, at most 4", "1 is the published width")),
     }
 }
 
