@@ -58,6 +58,8 @@ groups! {
     conv_depthwise: Group::ConvDepthwise, 10;
     op: Group::Op, 20;
     csc: Group::Csc, 3;
+    loss: Group::Loss, 20;
+    relations: Group::Relations, 3;
     train: Group::Train, 3;
     inference: Group::Inference, 5;
 }

@@ -51,10 +51,12 @@ def make(case, layout):
     """The work of a case: an object with `answer()` and `run()`."""
     import csc
     import deeplab
+    import losses
     import operations
+    import relations
 
     work = case["work"]
-    kinds = {**operations.KINDS, **csc.KINDS, **deeplab.KINDS}
+    kinds = {**operations.KINDS, **csc.KINDS, **losses.KINDS, **relations.KINDS, **deeplab.KINDS}
     return kinds[work["op"]](work, layout)
 
 

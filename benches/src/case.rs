@@ -19,6 +19,10 @@ pub enum Group {
     Op,
     /// The CSC loss, value and gradient.
     Csc,
+    /// Other losses between two networks, value and gradient.
+    Loss,
+    /// Losses over pairs of pixels, value and gradient.
+    Relations,
     /// A whole training step: forward, cross entropy, backward, SGD.
     Train,
     /// A forward pass of one image in evaluation.
@@ -27,12 +31,14 @@ pub enum Group {
 
 impl Group {
     /// All groups in the order of the tables.
-    pub const ALL: [Group; 7] = [
+    pub const ALL: [Group; 9] = [
         Group::ConvStem,
         Group::ConvDense,
         Group::ConvDepthwise,
         Group::Op,
         Group::Csc,
+        Group::Loss,
+        Group::Relations,
         Group::Train,
         Group::Inference,
     ];
@@ -45,6 +51,8 @@ impl Group {
             Group::ConvStem => "conv-stem",
             Group::Op => "op",
             Group::Csc => "csc",
+            Group::Loss => "loss",
+            Group::Relations => "relations",
             Group::Train => "train",
             Group::Inference => "inference",
         }
@@ -58,6 +66,8 @@ impl Group {
             Group::ConvStem => "Convolutions of the image, forward and the weight's gradient",
             Group::Op => "Other operations, forward and backward; the optimizer",
             Group::Csc => "CSC, value and gradient (the peer always computes the letter)",
+            Group::Loss => "Other losses between two networks, value and gradient",
+            Group::Relations => "Relations of pixels, value and gradient",
             Group::Train => "Whole training step: forward, cross entropy, backward, SGD",
             Group::Inference => "Inference, one image",
         }
@@ -129,6 +139,45 @@ pub enum Form {
     Direct,
     /// Gram matrices over class pairs.
     Linear,
+}
+
+/// A loss between two networks' maps of equal shape.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LossKind {
+    /// Divergence of class distributions, pixel by pixel.
+    PixelKl,
+    /// Divergence of distributions over positions, channel by channel.
+    ChannelKl,
+    /// Correlations within pixels and within classes.
+    Dist,
+}
+
+impl LossKind {
+    /// All.
+    pub const ALL: [LossKind; 3] = [LossKind::PixelKl, LossKind::ChannelKl, LossKind::Dist];
+
+    /// Name in tables and filters.
+    pub fn name(self) -> &'static str {
+        match self {
+            LossKind::PixelKl => "pixel-kl",
+            LossKind::ChannelKl => "channel-kl",
+            LossKind::Dist => "dist",
+        }
+    }
+}
+
+/// A loss over pairs of pixels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Relation {
+    /// Pair-wise similarities of all pixels of an image. The peer, too, sums over pairs of channels: matrices over pairs
+    /// of pixels would take it 4 GiB each.
+    PairSimilarity,
+    /// Similarities over all pairs of images of a batch. The peer loops over the pairs, as the public code does.
+    CirkdMiniBatch,
+    /// Similarities to the slots of a memory.
+    MemoryContrast,
 }
 
 /// What a case computes. As JSON it is all that a peer is told.
@@ -205,6 +254,26 @@ pub enum Work {
         /// Pixels of the map that is copied.
         source: usize,
     },
+    /// A loss between the maps of a student and a teacher, no pixel void.
+    Loss {
+        /// Which.
+        loss: LossKind,
+        /// Either map, `[n, c, h, w]`
+        input: [usize; 4],
+    },
+    /// A relation on copies of a smaller map's pixels, so that the value is known.
+    Relation {
+        /// Which.
+        loss: Relation,
+        /// Features `[n, d, h, w]` of the student.
+        input: [usize; 4],
+        /// Channels of the teacher.
+        teacher_channels: usize,
+        /// Slots of the memory; 0 without one.
+        slots: usize,
+        /// Pixels of the map that is copied.
+        source: usize,
+    },
     /// Training step of DeepLabV3+.
     Train {
         /// Encoder.
@@ -243,10 +312,17 @@ impl Work {
                 let more = |word, yes: bool| if yes { word } else { "" };
                 format!("{}{}{}", dims(input), more(" + skip", *residual), more(" + relu", *relu))
             }
-            Work::Relu { input } | Work::MaxPool { input } | Work::CrossEntropy { input } => dims(input),
+            Work::Relu { input }
+            | Work::MaxPool { input }
+            | Work::CrossEntropy { input }
+            | Work::Loss { input, .. } => dims(input),
             Work::Resize { input, to, .. } => format!("{} to {}", dims(input), dims(to)),
             Work::Sgd { encoder, .. } => format!("all parameters of {encoder}"),
             Work::Csc { classes, hw, .. } => format!("{classes} classes, {} = {} pixels", dims(hw), hw[0] * hw[1]),
+            Work::Relation { input, teacher_channels, slots, .. } => {
+                let memory = if *slots > 0 { format!(", {slots} slots") } else { String::new() };
+                format!("{}, teacher {teacher_channels} channels{memory}", dims(input))
+            }
             Work::Train { input, .. } | Work::Inference { input, .. } => dims(input),
         }
     }
@@ -274,6 +350,6 @@ pub struct Case {
 impl Case {
     /// Whether its peak memory is a result, so that it gets processes of its own on both sides.
     pub fn alone(&self) -> bool {
-        matches!(self.group, Group::Csc | Group::Train | Group::Inference)
+        matches!(self.group, Group::Csc | Group::Loss | Group::Relations | Group::Train | Group::Inference)
     }
 }

@@ -3,7 +3,7 @@
 use segdistill_models::ModelSpec;
 use segdistill_models::layers::ConvShape;
 
-use crate::case::{Case, Form, Group, Layout, Work};
+use crate::case::{Case, Form, Group, Layout, LossKind, Relation, Work};
 use crate::error::{BenchError, Result};
 use crate::layers::{Layer, distinct, layers};
 
@@ -13,6 +13,9 @@ pub const TRAIN: [usize; 4] = [4, 3, 352, 480];
 pub const INFERENCE: [usize; 4] = [1, 3, 360, 480];
 /// Classes of CamVid.
 pub const CLASSES: usize = 11;
+/// Maps of logits that losses between networks compare, at stride 4: CamVid's of the training step, and Cityscapes' of
+/// eight crops of 512 x 1024.
+pub const LOGITS: [[usize; 4]; 2] = [[TRAIN[0], CLASSES, 88, 120], [8, 19, 128, 256]];
 
 /// Every case.
 ///
@@ -46,6 +49,10 @@ pub fn cases() -> Result<Vec<Case>> {
             }
         }
     }
+    for kind in LossKind::ALL {
+        all.extend(LOGITS.map(|input| loss(kind, input)));
+    }
+    all.extend(relations());
     for encoder in ["resnet18", "resnet34", "xception65"] {
         all.push(network(encoder, true)?);
         all.push(network(encoder, false)?);
@@ -142,6 +149,39 @@ fn csc(form: Form, classes: usize, hw: [usize; 2], source: usize) -> Case {
     }
 }
 
+fn loss(kind: LossKind, input: [usize; 4]) -> Case {
+    let [n, c, h, w] = input;
+    Case {
+        name: format!("{}/{c}c-{n}x{h}x{w}", kind.name()),
+        group: Group::Loss,
+        work: Work::Loss { loss: kind, input },
+        flop: 0,
+        repeats: 1,
+        layouts: vec![Layout::Nchw],
+        needs_mib: 0,
+    }
+}
+
+/// Features of a ResNet-18 student and a ResNet-101 teacher at stride 8: of a Cityscapes crop of 512 x 1024 for CIRKD,
+/// and of a whole image for SKD.
+fn relations() -> Vec<Case> {
+    let case = |name: &str, loss, input, slots, needs_mib| Case {
+        name: name.to_string(),
+        group: Group::Relations,
+        work: Work::Relation { loss, input, teacher_channels: 256, slots, source: 256 },
+        flop: 0,
+        repeats: 1,
+        layouts: vec![Layout::Nchw],
+        needs_mib,
+    };
+    vec![
+        case("pair-similarity", Relation::PairSimilarity, [1, 128, 128, 256], 0, 0),
+        // The peer keeps two matrices of 8192 x 8192 for each of 16 pairs of images, and some more for one.
+        case("cirkd-mini-batch", Relation::CirkdMiniBatch, [4, 128, 64, 128], 0, 34 * 256 + 2048),
+        case("memory-contrast", Relation::MemoryContrast, [4, 256, 64, 128], 4104, 5 * 513 + 512),
+    ]
+}
+
 fn network(encoder: &str, train: bool) -> Result<Case> {
     let spec = ModelSpec::deeplabv3plus(encoder, CLASSES);
     let input = if train { TRAIN } else { INFERENCE };
@@ -217,7 +257,7 @@ mod tests {
             assert!(all.iter().any(|case| case.group == group), "{} is empty", group.name());
         }
         for case in &all {
-            let bound_by_arithmetic = !matches!(case.group, Group::Op | Group::Csc);
+            let bound_by_arithmetic = !matches!(case.group, Group::Op | Group::Csc | Group::Loss | Group::Relations);
             assert_eq!(case.flop > 0, bound_by_arithmetic, "{}", case.name);
             assert!(case.repeats > 0 && !case.work.describe().is_empty(), "{}", case.name);
         }
@@ -246,7 +286,7 @@ mod tests {
             }
         }
         let most = all.iter().map(|case| case.needs_mib).max().unwrap();
-        assert!(most < 10 << 10, "{most} MiB");
+        assert!(most < 12 << 10, "{most} MiB");
     }
 
     #[test]

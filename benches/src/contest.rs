@@ -14,11 +14,13 @@ use crate::results::{CaseResult, Measured};
 use crate::workload::{compare, has_bf16};
 
 /// The peer's program, carried along so that it runs wherever the binary does.
-const PEER_FILES: [(&str, &str); 5] = [
+const PEER_FILES: [(&str, &str); 7] = [
     ("peer.py", include_str!("../peers/peer.py")),
     ("fill.py", include_str!("../peers/fill.py")),
     ("operations.py", include_str!("../peers/operations.py")),
     ("csc.py", include_str!("../peers/csc.py")),
+    ("losses.py", include_str!("../peers/losses.py")),
+    ("relations.py", include_str!("../peers/relations.py")),
     ("deeplab.py", include_str!("../peers/deeplab.py")),
 ];
 

@@ -30,6 +30,8 @@ pub(crate) enum Command {
     Reproduce(Reproduce),
     /// Train one stage of a recipe
     Train(Train),
+    /// Train one objective over a grid of its settings, beside cross entropy alone, and compare
+    Sweep(Sweep),
     /// Score a trained stage, or label images made by anything
     Eval(Eval),
     /// Write label images and overlays for images or folders of images
@@ -82,7 +84,7 @@ pub(crate) struct RecipeArgs {
     /// Seeds, one student each
     #[arg(long, value_delimiter = ',', value_name = "N,N")]
     pub(crate) seeds: Option<Vec<u64>>,
-    /// Objectives of the student, such as ce,csc+ce
+    /// Objectives of the student, such as ce,kd,csc+ce; all: ce and every one that compares with a teacher
     #[arg(long, value_delimiter = ',', value_name = "M,M")]
     pub(crate) methods: Option<Vec<String>>,
     /// Products of training's convolutions, as --set train.precision=...; bf16 needs a processor that has it
@@ -99,10 +101,39 @@ Examples:
   cargo xtask reproduce --dry-run
   cargo xtask reproduce --recipe camvid-quick --data-root ../shared/camvid
   cargo xtask reproduce --recipe cityscapes --data-root DIR --dry-run
+  cargo xtask reproduce --methods all --seeds 0,1,2
   cargo xtask reproduce --recipe my.toml --methods ce,csc+ce --seeds 0,1,2 --resume")]
 pub(crate) struct Reproduce {
     #[command(flatten)]
     pub(crate) recipe: RecipeArgs,
+    /// Go on at the first unfinished stage, from its last checkpoint
+    #[arg(long)]
+    pub(crate) resume: bool,
+    /// Print the plan with parameters, MACs and estimated time, and stop
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Print the results as JSON on stdout
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  cargo xtask sweep --method csc --vary csc.weight=1,10,100 --seeds 0,1,2
+  cargo xtask sweep --method kd --vary kd.weight=0.1,1 --vary kd.temperature=1,4 --dry-run
+
+The teacher is trained once. Every point of the grid is a student a seed; `ce` is trained beside them. The results are
+those of `reproduce`, with report/sweep.csv beside them.")]
+pub(crate) struct Sweep {
+    #[command(flatten)]
+    pub(crate) recipe: RecipeArgs,
+    /// Objective to vary, such as csc or kd
+    #[arg(long, value_name = "METHOD")]
+    pub(crate) method: String,
+    /// A setting of one of its terms and the values it takes; repeated, the grid of all of them
+    #[arg(long, value_name = "TERM.SETTING=V,V")]
+    pub(crate) vary: Vec<String>,
     /// Go on at the first unfinished stage, from its last checkpoint
     #[arg(long)]
     pub(crate) resume: bool,

@@ -59,6 +59,7 @@ fn end_quietly_on_a_closed_pipe() {
 fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Reproduce(args) => commands::reproduce::run(&args),
+        Command::Sweep(args) => commands::sweep::run(&args),
         Command::Train(args) => commands::train::run(&args),
         Command::Eval(args) => commands::eval::run(&args),
         Command::Predict(args) => commands::predict::run(&args),

@@ -8,8 +8,8 @@ use std::time::Instant;
 use anyhow::Result;
 use candle_core::{DType, Device};
 
-use segdistill_data::preview::{write_label_png, write_png};
-use segdistill_data::{Dataset, LabelMap, Split};
+use segdistill_data::preview::{read_labels, write_label_png, write_png};
+use segdistill_data::{Dataset, LabelMap, Split, VOID};
 use segdistill_eval::table::{
     ResultRow, TimingRow, confusion_frame, per_class_frame, per_class_rows, read_csv, timings_frame,
     timings_from_frame, write_csv,
@@ -217,12 +217,19 @@ impl Pipeline<'_> {
             let started = Instant::now();
             let keep = if split == Split::Val { gallery_indices(dataset.len()) } else { Vec::new() };
             let label = format!("{} {split}", stage_label(&model.config));
-            evaluate_into(model, dataset.as_ref(), &self.device, Some(&place), &label, &keep, &|| {
-                self.interrupt.check()
-            })
-            .map_err(|e| match e.downcast::<TrainError>() {
-                Ok(e) => self.interrupt.coded(e),
-                Err(e) => e,
+            // On val the teacher's label maps are kept, and every student's are held against them.
+            let teachers = stage_dir(self.run, &self.plan.teacher).join("eval/val/predicted");
+            let predictions = match (split, model.config.role.as_str()) {
+                (Split::Val, "teacher") => Predictions::Kept(&teachers),
+                (Split::Val, _) if teachers.is_dir() => Predictions::Compared(&teachers),
+                _ => Predictions::Left,
+            };
+            let how = Evaluating { place: Some(&place), label: &label, keep: &keep, predictions };
+            evaluate_into(model, dataset.as_ref(), &self.device, &how, &|| self.interrupt.check()).map_err(|e| {
+                match e.downcast::<TrainError>() {
+                    Ok(e) => self.interrupt.coded(e),
+                    Err(e) => e,
+                }
             })?;
             let row =
                 timing(&model.config, &format!("eval {split}"), started.elapsed().as_secs_f64(), dataset.len() as u64);
@@ -232,17 +239,45 @@ impl Pipeline<'_> {
     }
 }
 
-/// Evaluates `model` on `dataset`; with a `place`, writes summary.json, per_class.csv, confusion.csv and the kept label
-/// images there.
+/// What becomes of the label maps an evaluation predicts.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) enum Predictions<'a> {
+    /// They are scored, no more.
+    #[default]
+    Left,
+    /// They are written to a folder, one PNG an image.
+    Kept(&'a Path),
+    /// They are held against those in a folder.
+    Compared(&'a Path),
+}
+
+/// What an evaluation leaves, and what it is called.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Evaluating<'a> {
+    /// Folder of summary.json, per_class.csv and confusion.csv.
+    pub(crate) place: Option<&'a Path>,
+    /// Name of its progress.
+    pub(crate) label: &'a str,
+    /// Images whose pictures the report shows.
+    pub(crate) keep: &'a [usize],
+    /// The label maps.
+    pub(crate) predictions: Predictions<'a>,
+}
+
+/// Evaluates `model` on `dataset` and leaves what `how` asks for.
 pub(crate) fn evaluate_into(
     model: &FinalModel,
     dataset: &dyn Dataset,
     device: &Device,
-    place: Option<&Path>,
-    label: &str,
-    keep: &[usize],
+    how: &Evaluating<'_>,
     check: &dyn Fn() -> segdistill_train::Result<()>,
 ) -> Result<Summary> {
+    let Evaluating { place, label, keep, predictions } = *how;
+    if let Predictions::Kept(folder) = predictions {
+        fs_err::create_dir_all(folder)?;
+    }
+    // Pixels on which both agree, and pixels compared.
+    let mut agreed = [0u64, 0];
     let mut progress = Progress::new(label, dataset.len() as u64, "images");
     let logits = |images: &candle_core::Tensor| model.logits(images);
     let mut label_hw = [0, 0];
@@ -259,6 +294,21 @@ pub(crate) fn evaluate_into(
             let predicted = LabelMap { height: labels.height, width: labels.width, ids: image.predictions.to_vec() };
             write_label_png(&folder.join(format!("{name}_predicted.png")), &predicted)?;
         }
+        let file = |folder: &Path| folder.join(format!("{:06}.png", image.index));
+        match predictions {
+            Predictions::Left => {}
+            Predictions::Kept(folder) => {
+                let map = LabelMap { height: labels.height, width: labels.width, ids: image.predictions.to_vec() };
+                write_label_png(&file(folder), &map)?;
+            }
+            Predictions::Compared(folder) => {
+                let other = read_labels(&file(folder))?;
+                for ((label, ours), theirs) in labels.ids.iter().zip(image.predictions).zip(&other.ids) {
+                    agreed[0] += u64::from(*label != VOID && ours == theirs);
+                    agreed[1] += u64::from(*label != VOID);
+                }
+            }
+        }
         check()
     })?;
     progress.finish();
@@ -268,8 +318,9 @@ pub(crate) fn evaluate_into(
     if scores.n_pixels == 0 {
         return Err(nothing_to_score(&format!("{} {split}", dataset.id())));
     }
-    let row = ResultRow::new(&c.method, &c.role, &c.model.encoder, &split, c.seed, &scores, done.n_images)
+    let mut row = ResultRow::new(&c.method, &c.role, &c.model.encoder, &split, c.seed, &scores, done.n_images)
         .with_size(c.params as u64, c.macs);
+    row.agreement = (agreed[1] > 0).then(|| agreed[0] as f64 / agreed[1] as f64);
     let summary = Summary {
         stage: stage_label(c),
         dataset: dataset.id().to_string(),

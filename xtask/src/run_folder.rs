@@ -93,6 +93,16 @@ impl FinalModel {
     }
 }
 
+/// The first few of many, and how many more there are.
+fn some_of(differences: &[String]) -> String {
+    const SHOWN: usize = 8;
+    let more = match differences.len().saturating_sub(SHOWN) {
+        0 => String::new(),
+        n => format!("; and {n} more"),
+    };
+    format!("{}{more}", differences[..differences.len().min(SHOWN)].join("; "))
+}
+
 impl RunFolder {
     /// Takes the folder for one stage of `plan` beside those it holds already; returns the joined plan too.
     pub(crate) fn join(path: &Path, plan: &Plan) -> Result<(RunFolder, Plan)> {
@@ -105,18 +115,19 @@ impl RunFolder {
     /// Takes the folder for this process and writes the plan. An earlier run without `resume` is moved aside, never
     /// overwritten; with `resume` the saved plan must be the same.
     pub(crate) fn take(path: &Path, plan: &Plan, resume: bool) -> Result<RunFolder> {
-        let toml = plan.to_toml()?;
         let saved = path.join("plan.toml");
         let mut lock = Self::lock(path)?;
         if saved.is_file() {
             if resume {
                 // Read and written again, so that a key which is newer than the folder has its default on both sides.
-                let differences = differing_keys(&Plan::read(&saved)?.to_toml()?, &toml);
+                // Methods and seeds may be added: what there is stays as it is.
+                let before = Plan::read(&saved)?;
+                let differences = differing_keys(&before.to_toml()?, &plan.without_new(&before).to_toml()?);
                 if !differences.is_empty() {
                     return Err(usage!(
-                        "`{}` was made by another plan: {}\n  hint: resume with the same recipe and settings, or start in another --out folder",
+                        "`{}` was made by another plan: {}\n  hint: resume with the same recipe and settings (methods and seeds may be added), or start in another --out folder",
                         path.display(),
-                        differences.join("; ")
+                        some_of(&differences)
                     ));
                 }
             } else {

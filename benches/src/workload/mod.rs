@@ -2,8 +2,10 @@
 
 mod conv;
 mod csc;
+mod losses;
 mod network;
 mod operation;
+mod relations;
 
 use std::collections::BTreeMap;
 
@@ -53,6 +55,10 @@ pub fn prepare(case: &Case, precision: Precision) -> Result<Box<dyn Workload>> {
         | Work::CrossEntropy { .. } => Box::new(operation::Operation::new(name, &case.work)?),
         Work::Sgd { encoder, classes } => Box::new(network::SgdStep::new(name, encoder, *classes)?),
         Work::Csc { form, classes, hw, source } => Box::new(csc::Loss::new(name, *form, *classes, *hw, *source)?),
+        Work::Loss { loss, input } => Box::new(losses::Loss::new(name, *loss, *input)?),
+        Work::Relation { loss, input, teacher_channels, slots, source } => {
+            Box::new(relations::Loss::new(name, *loss, *input, *teacher_channels, *slots, *source)?)
+        }
         Work::Train { encoder, input, classes } => {
             Box::new(network::TrainStep::new(name, encoder, *input, *classes, precision)?)
         }
@@ -164,6 +170,9 @@ mod tests {
             "csc/letter-11c-690",
             "csc/direct-11c-690",
             "csc/linear-19c-10800",
+            "pixel-kl/11c-4x88x120",
+            "channel-kl/11c-4x88x120",
+            "dist/11c-4x88x120",
         ] {
             let case = all.iter().find(|case| case.name == name).unwrap();
             let mut workload = prepare(case, Precision::F32).unwrap();

@@ -9,7 +9,9 @@ use candle_core::{DType, Device, Tensor};
 use segdistill_data::{Batch, classes::VOID};
 use segdistill_models::{Frozen, ModelSpec, Segmenter, build};
 use segdistill_ops::{Mode, ParamKind, ParamStore, graph};
-use segdistill_train::{Objective, OptimConfig, ScheduleConfig, Sgd, StepInputs, TermConfig, TermKind, global_norm};
+use segdistill_train::{
+    Objective, OptimConfig, ScheduleConfig, Setting, Sgd, StepInputs, TermConfig, TermKind, global_norm,
+};
 
 use super::{Answer, Workload, products, sizes};
 use crate::case::Precision;
@@ -71,7 +73,7 @@ impl TrainStep {
         precision: Precision,
     ) -> Result<Self> {
         let (store, model) = network(&spec(encoder, classes), precision)?;
-        let term = TermConfig { loss: TermKind::Ce, weight: 1.0, schedule: ScheduleConfig::Constant };
+        let term = TermConfig { loss: TermKind::ce(), weight: 1.0, schedule: ScheduleConfig::Constant };
         let [n, _, h, w] = input;
         let batch = Batch {
             images_nchw: images(&input)?,
@@ -80,8 +82,19 @@ impl TrainStep {
         };
         Ok(Self {
             name,
+            objective: Objective::new(
+                &[term],
+                &Setting {
+                    steps: 1,
+                    seed: 0,
+                    class_weights: None,
+                    optim: &OPTIM,
+                    student: model.info(),
+                    teacher: None,
+                    device: &Device::Cpu,
+                },
+            )?,
             model,
-            objective: Objective::new(&[term], 1, None),
             sgd: Sgd::new(&store, OPTIM)?,
             batch,
             step: 0,

@@ -18,6 +18,7 @@ fn row(method: &str, role: &str, split: &str, seed: u64, miou: f64) -> ResultRow
         n_images: 101,
         params: Some(22_437_000),
         macs: Some(2_260_000_000),
+        agreement: None,
         run: String::new(),
     }
 }

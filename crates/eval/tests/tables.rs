@@ -20,6 +20,7 @@ fn rows() -> Vec<ResultRow> {
         n_images: 101,
         params: Some(22_437_000),
         macs: Some(5_000_000_000_000),
+        agreement: None,
         run: String::new(),
     };
     let mut odd = row("a,\"b\"\nc", "stu dent", "val", u64::from(u32::MAX) + 7, f64::NAN);

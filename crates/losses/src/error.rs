@@ -65,6 +65,23 @@ pub enum LossError {
         /// The value found.
         value: u8,
     },
+    /// A target outside [0, 1], at a pixel that counts.
+    #[error(
+        "target {value} of class {class} at row {row}, column {column} of image {image}, expected 0 to 1\n  \
+         hint: targets are probabilities; leave pixels out with the mask"
+    )]
+    Target {
+        /// Image in the batch.
+        image: usize,
+        /// Class.
+        class: usize,
+        /// Row.
+        row: usize,
+        /// Column.
+        column: usize,
+        /// The target found.
+        value: f64,
+    },
     /// A setting outside its range.
     #[error("{what}\n  hint: {hint}")]
     Config {

@@ -75,6 +75,65 @@ pub(crate) fn logits_dims(loss: &'static str, tensor: &'static str, logits_nchw:
     Ok([n, c, h, w])
 }
 
+/// Batch, channels, height and width of two networks' maps, which are equal in shape and type.
+pub(crate) fn pair_dims(
+    loss: &'static str,
+    [student_name, teacher_name]: [&'static str; 2],
+    student_nchw: &Tensor,
+    teacher_nchw: &Tensor,
+) -> Result<[usize; 4]> {
+    let dims = logits_dims(loss, student_name, student_nchw)?;
+    if teacher_nchw.dims() != dims {
+        return Err(LossError::shape(
+            loss,
+            format!("{teacher_name} {:?}", teacher_nchw.dims()),
+            format!("{dims:?}, the shape of the student's"),
+            "bring both networks to one grid and one number of channels before the loss, it resizes nothing",
+        ));
+    }
+    same_dtype(loss, teacher_name, student_nchw, teacher_nchw)?;
+    Ok(dims)
+}
+
+/// Dimensions of a map that shares batch and grid with the student's, `dims`, and has channels of its own.
+pub(crate) fn grid_dims(
+    loss: &'static str,
+    name: &'static str,
+    map_ndhw: &Tensor,
+    dims: [usize; 4],
+) -> Result<[usize; 4]> {
+    let found = logits_dims(loss, name, map_ndhw)?;
+    let [n, _, h, w] = dims;
+    if [found[0], found[2], found[3]] == [n, h, w] {
+        return Ok(found);
+    }
+    Err(LossError::shape(
+        loss,
+        format!("{name} {found:?}"),
+        format!("[{n}, _, {h}, {w}], batch and grid of the student's"),
+        "bring both networks to one grid before the loss, it resizes nothing",
+    ))
+}
+
+/// Refuses a teacher's map of another type than the student's.
+pub(crate) fn same_dtype(
+    loss: &'static str,
+    teacher_name: &'static str,
+    student: &Tensor,
+    teacher: &Tensor,
+) -> Result<()> {
+    if teacher.dtype() == student.dtype() {
+        return Ok(());
+    }
+    Err(LossError::DType {
+        loss,
+        tensor: teacher_name,
+        found: teacher.dtype(),
+        expected: "the student's type",
+        hint: "cast the teacher's map with `to_dtype`",
+    })
+}
+
 /// Values of a u8 map on the logits' grid, row-major.
 pub(crate) fn read_map(loss: &'static str, tensor: &'static str, map: &Tensor, grid: [usize; 3]) -> Result<Vec<u8>> {
     if map.dims() != grid {

@@ -5,12 +5,12 @@ mod common;
 use candle_core::{DType, Device, Tensor, Var};
 use common::{as_ops, assert_same_on_all_pools, bytes, elements, fixture, map, random_mask, scalar, value_and_grad};
 use segdistill_losses::{CrossEntropy, LossError, cross_entropy, valid_mask};
-use segdistill_ops::testing::{assert_close, check_gradient, random_f64};
+use segdistill_ops::testing::{assert_close, check_gradient, random_f64, relative_error};
 
 const VOID: u8 = 255;
 
 fn weighted(weights: &[f64]) -> CrossEntropy {
-    CrossEntropy { class_weights: Some(weights.to_vec()) }
+    CrossEntropy { class_weights: Some(weights.to_vec()), ..CrossEntropy::default() }
 }
 
 fn labels(n: usize, c: usize, h: usize, w: usize) -> Tensor {
@@ -20,9 +20,12 @@ fn labels(n: usize, c: usize, h: usize, w: usize) -> Tensor {
 #[test]
 fn equals_pytorch() {
     let cases = fixture("cross_entropy");
-    assert_eq!(cases.len(), 6);
+    assert_eq!(cases.len(), 10);
     for (name, case) in &cases {
-        let cfg = CrossEntropy { class_weights: case.get("class_weights").map(elements) };
+        let cfg = CrossEntropy {
+            class_weights: case.get("class_weights").map(elements),
+            label_smoothing: scalar(&case["label_smoothing"]),
+        };
         let valid = valid_mask(&case["labels"], VOID).unwrap();
         // f32 logits of 1e4 carry an absolute error of 5e-4 from their own rounding, the others 1e-7.
         let f32_tolerance = if name == "large_logits" { 1e-3 } else { 2e-6 };
@@ -264,6 +267,62 @@ fn what_does_not_fit_is_refused() {
     ] {
         let text = refused(&logits, &good, &valid, &weighted(&weights)).to_string();
         assert!(text.contains(part) && text.contains("hint"), "{text}");
+    }
+}
+
+/// A smoothed target is a mean of targets, and cross entropy is linear in its target.
+#[test]
+fn label_smoothing_is_the_mean_of_all_labels() {
+    let (n, c, h, w) = (2, 5, 41, 53);
+    let smoothing = 0.2;
+    let smoothed = CrossEntropy { label_smoothing: smoothing, ..CrossEntropy::default() };
+    for dtype in [DType::F64, DType::F32] {
+        let logits = (random_f64(20, "logits", &[n, c, h, w]) * 3.0).unwrap().to_dtype(dtype).unwrap();
+        let (labels, valid) = (labels(n, c, h, w), random_mask(21, n, h, w, 0.7));
+        let plain = |labels: &Tensor| {
+            value_and_grad(&logits, 1.0, |z| cross_entropy(z, labels, &valid, &CrossEntropy::default()))
+        };
+        let (value, grad) = value_and_grad(&logits, 1.0, |z| cross_entropy(z, &labels, &valid, &smoothed));
+        let (mut expected, own) = plain(&labels);
+        expected *= 1.0 - smoothing;
+        let mut expected_grad = (own * (1.0 - smoothing)).unwrap();
+        for class in 0..c {
+            let (value, grad) = plain(&map(n, h, w, |_, _, _| class as u8));
+            expected += smoothing / c as f64 * value;
+            expected_grad = (expected_grad + (grad * (smoothing / c as f64)).unwrap()).unwrap();
+        }
+        let tolerance = if dtype == DType::F64 { 1e-13 } else { 1e-5 };
+        assert!((value - expected).abs() < tolerance * expected, "{value}, {expected}");
+        assert!(relative_error(&grad, &expected_grad).unwrap() < tolerance);
+    }
+}
+
+#[test]
+fn label_smoothing_passes_central_differences_and_ignores_void() {
+    let (n, c, h, w) = (2, 4, 3, 5);
+    let cfg = CrossEntropy { label_smoothing: 0.3, ..weighted(&[0.5, 0.0, 2.0, 1.0]) };
+    let (labels, valid) = (labels(n, c, h, w), random_mask(22, n, h, w, 0.6));
+    let logits = (random_f64(23, "logits", &[n, c, h, w]) * 4.0).unwrap();
+    let loss = |z: &Tensor| cross_entropy(z, &labels, &valid, &cfg);
+    check_gradient(std::slice::from_ref(&logits), |z| Ok((as_ops(loss(&z[0]))? * (n * h * w) as f64)?), 1000, 1e-8)
+        .unwrap();
+    let counted = valid.unsqueeze(1).unwrap().broadcast_as((n, c, h, w)).unwrap();
+    let nan = Tensor::full(f64::NAN, &[n, c, h, w], &Device::Cpu).unwrap();
+    let (value, grad) = value_and_grad(&logits, 1.0, loss);
+    let (same, same_grad) = value_and_grad(&counted.where_cond(&logits, &nan).unwrap(), 1.0, loss);
+    assert_eq!(value, same);
+    assert_eq!(elements(&grad), elements(&same_grad));
+    assert_same_on_all_pools(|| value_and_grad(&logits, 1.0, loss));
+}
+
+#[test]
+fn a_label_smoothing_that_is_no_share_is_refused() {
+    let logits = random_f64(24, "logits", &[1, 3, 2, 2]);
+    let (labels, valid) = (labels(1, 3, 2, 2), map(1, 2, 2, |_, _, _| 1));
+    for label_smoothing in [-0.1, 1.0, f64::NAN] {
+        let cfg = CrossEntropy { label_smoothing, ..CrossEntropy::default() };
+        let text = cross_entropy(&logits, &labels, &valid, &cfg).unwrap_err().to_string();
+        assert!(text.starts_with(&format!("label_smoothing is {label_smoothing}")), "{text}");
     }
 }
 

@@ -37,8 +37,9 @@ fn cross_entropy_is_the_same_on_every_device() {
     let [n, c, h, w] = SHAPE;
     let valid = random_mask(5, n, h, w, 0.7);
     let labels = map(n, h, w, |i, y, x| ((i + 3 * y + x) % c) as u8);
-    for class_weights in [None, Some(vec![1.0, 0.0, 2.0, 0.5, 3.0])] {
-        let cfg = CrossEntropy { class_weights };
+    let weights = || Some(vec![1.0, 0.0, 2.0, 0.5, 3.0]);
+    for (class_weights, label_smoothing) in [(None, 0.0), (weights(), 0.0), (weights(), 0.1)] {
+        let cfg = CrossEntropy { class_weights, label_smoothing };
         for dtype in [DType::F64, DType::F32] {
             compare(dtype, &logits("student", &valid, dtype), |z| cross_entropy(z, &labels, &valid, &cfg));
         }

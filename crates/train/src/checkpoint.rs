@@ -43,10 +43,16 @@ pub struct Checkpoint {
     pub model: BTreeMap<String, Tensor>,
     /// Momentum buffers.
     pub optimizer: BTreeMap<String, Tensor>,
+    /// What the objective's terms own: adapters, memories, a discriminator.
+    pub parts: Parts,
 }
+
+/// Tensor files of a checkpoint beside model and optimizer: name without ending, tensors by name.
+pub type Parts = BTreeMap<String, BTreeMap<String, Tensor>>;
 
 const MODEL: &str = "model.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
+const ENDING: &str = ".safetensors";
 const STATE: &str = "state.json";
 const SCRATCH: &str = ".scratch-";
 
@@ -87,6 +93,7 @@ pub fn save(
     mut state: State,
     model: &BTreeMap<String, Tensor>,
     optimizer: &BTreeMap<String, Tensor>,
+    parts: &Parts,
     is_best: bool,
 ) -> Result<PathBuf> {
     let root = stage_dir.join("checkpoints");
@@ -105,10 +112,13 @@ pub fn save(
             fs_err::remove_dir_all(&scratch)?;
         }
         fs_err::create_dir(&scratch)?;
-        for (file, tensors) in [(MODEL, model), (OPTIMIZER, optimizer)] {
+        let fixed = [(MODEL.to_string(), model), (OPTIMIZER.to_string(), optimizer)];
+        let parts = parts.iter().map(|(name, tensors)| (format!("{name}{ENDING}"), tensors));
+        state.sha256.clear();
+        for (file, tensors) in fixed.into_iter().chain(parts) {
             let bytes = to_safetensors(tensors)?;
-            state.sha256.insert(file.to_string(), sha256_hex(&bytes));
-            write_synced(&scratch.join(file), &bytes)?;
+            write_synced(&scratch.join(&file), &bytes)?;
+            state.sha256.insert(file, sha256_hex(&bytes));
         }
         let json = serde_json::to_vec_pretty(state).map_err(|e| broken(&scratch, e.to_string()))?;
         write_synced(&scratch.join(STATE), &json)?;
@@ -205,5 +215,13 @@ pub fn load(dir: &Path, device: &Device) -> Result<Checkpoint> {
             .map_err(|e| broken(&dir.join(file), e.to_string()))?;
         Ok(map.into_iter().collect())
     };
-    Ok(Checkpoint { model: tensors(MODEL)?, optimizer: tensors(OPTIMIZER)?, state })
+    let mut parts = Parts::new();
+    for file in state.sha256.keys().filter(|file| ![MODEL, OPTIMIZER].contains(&file.as_str())) {
+        // Names come from a file: none may lead out of the folder.
+        let name = file.strip_suffix(ENDING).filter(|name| !name.contains(['/', '\\']) && !name.starts_with('.'));
+        let name =
+            name.ok_or_else(|| broken(&dir.join(STATE), format!("it names `{file}`, no file of a checkpoint")))?;
+        parts.insert(name.to_string(), tensors(file)?);
+    }
+    Ok(Checkpoint { model: tensors(MODEL)?, optimizer: tensors(OPTIMIZER)?, parts, state })
 }

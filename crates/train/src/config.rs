@@ -6,6 +6,7 @@ use segdistill_models::ModelSpec;
 use segdistill_ops::Precision;
 
 use crate::error::{Result, TrainError};
+use crate::terms::{TermConfig, TermKind};
 
 /// One network trained once.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -69,63 +70,6 @@ pub struct OptimConfig {
     pub warmup_steps: u64,
     /// Upper bound of the global gradient norm; 0 switches clipping off.
     pub clip_norm: f64,
-}
-
-/// One term of the objective (equation 6 of the patent is two of them).
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct TermConfig {
-    /// Which loss.
-    pub loss: TermKind,
-    /// Weight (lambda). A term of weight 0 is not computed.
-    pub weight: f64,
-    /// How the weight moves over the run.
-    #[serde(default)]
-    pub schedule: ScheduleConfig,
-}
-
-/// Losses a term can take.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum TermKind {
-    /// Cross entropy against the labels, at label resolution.
-    Ce,
-    /// Channel and spatial correlation against the teacher, at the decoder's resolution.
-    Csc,
-    /// Cross entropy of the auxiliary head against the labels, at label resolution.
-    Aux,
-}
-
-impl TermKind {
-    /// Weight of the auxiliary loss in PSPNet's paper, and in those that took it over.
-    pub const AUX_WEIGHT: f64 = 0.4;
-
-    /// Name in metrics and reports.
-    pub fn name(self) -> &'static str {
-        match self {
-            TermKind::Ce => "ce",
-            TermKind::Csc => "csc",
-            TermKind::Aux => "aux",
-        }
-    }
-
-    /// Whether the term compares with a teacher.
-    pub fn needs_teacher(self) -> bool {
-        matches!(self, TermKind::Csc)
-    }
-}
-
-/// How a term's weight moves over the run.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum ScheduleConfig {
-    /// The same at every step.
-    #[default]
-    Constant,
-    /// From 0 to the full weight over the first tenth of the run.
-    RampUp,
-    /// From the full weight linearly to 0 at the end.
-    RampDown,
 }
 
 /// Sizes in pixels as `[height, width]`, and augmentation.
@@ -204,13 +148,15 @@ impl Stage {
         crate::stage::transform(self).check()?;
         check(!self.terms.is_empty(), || "objective has no term".into(), "add a term such as { loss = \"ce\" }")?;
         for (k, t) in self.terms.iter().enumerate() {
-            let weight = || format!("weight of `{}` = {}", t.loss.name(), t.weight);
+            let name = t.loss.name();
+            let weight = || format!("weight of `{name}` = {}", t.weight);
             check(t.weight >= 0.0 && t.weight.is_finite(), weight, "use a weight of 0 or more")?;
-            let twice = || format!("term `{}` appears twice", t.loss.name());
-            check(self.terms[..k].iter().all(|u| u.loss != t.loss), twice, "add the weights into one term")?;
+            let twice = || format!("term `{name}` appears twice");
+            check(self.terms[..k].iter().all(|u| u.loss.name() != name), twice, "add the weights into one term")?;
+            t.loss.validate()?;
         }
         // Every parameter of a network must learn, and only what exists can be a term.
-        let has_aux = self.terms.iter().any(|t| t.loss == TermKind::Aux && t.weight > 0.0);
+        let has_aux = self.terms.iter().any(|t| t.loss == TermKind::Aux {} && t.weight > 0.0);
         let aux =
             || format!("model.aux = {}, term `aux` {}", self.model.aux, if has_aux { "given" } else { "missing" });
         check(has_aux == self.model.aux, aux, "an auxiliary head and its term come together, or neither does")?;

@@ -41,7 +41,7 @@
 //!         warmup_steps: 0,
 //!         clip_norm: 0.0,
 //!     },
-//!     terms: vec![TermConfig { loss: TermKind::Ce, weight: 1.0, schedule: Default::default() }],
+//!     terms: vec![TermConfig { loss: TermKind::ce(), weight: 1.0, schedule: Default::default() }],
 //!     input: InputConfig { size: [32, 48], crop: [32, 48], scale: [1.0, 1.0], flip: 0.5, jitter: 0.1, workers: 1 },
 //!     class_weighting: ClassWeighting::None,
 //!     eval_every: 2,
@@ -63,26 +63,29 @@
 
 pub mod checkpoint;
 mod config;
+mod critic;
 mod error;
 mod evaluate;
+mod memory;
 mod metrics_log;
 mod objective;
 mod optim;
 mod schedule;
 mod stage;
 mod step;
+mod terms;
 
-pub use config::{
-    ClassWeighting, InputConfig, OptimConfig, PrecisionName, ScheduleConfig, Stage, TermConfig, TermKind,
-};
+pub use config::{ClassWeighting, InputConfig, OptimConfig, PrecisionName, Stage};
 pub use error::{Result, TrainError};
 pub use evaluate::{Evaluation, ImageResult, evaluate, image_tensor};
+pub use memory::{Entry, MemoryBank};
 pub use metrics_log::{read_metrics, read_validation};
-pub use objective::{Objective, TermValue};
+pub use objective::{Objective, Setting, TermValue};
 pub use optim::{Sgd, global_norm};
 pub use schedule::{PolySchedule, WeightSchedule};
 pub use stage::{Observer, StageData, StageOutcome, StepRecord, ValRecord, run_stage};
-pub use step::{StepInputs, valid_at_grid};
+pub use step::{Pair, StepInputs, at_grid};
+pub use terms::{AceRule, CriticForm, KdNormaliser, Nodes, PairForm, ScheduleConfig, Taps, TermConfig, TermKind};
 
 /// The README's example, compiled and run with the documentation tests.
 #[cfg(doctest)]

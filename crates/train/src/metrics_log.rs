@@ -13,23 +13,26 @@ use crate::stage::{StepRecord, ValRecord};
 pub(crate) struct MetricsLog {
     metrics: fs_err::File,
     val: fs_err::File,
+    has_critic: bool,
 }
 
 const METRICS: &str = "metrics.csv";
 const VAL: &str = "val.csv";
 const VAL_HEADER: &str = "step,miou,pixel_accuracy,mean_accuracy,fw_iou";
 
-fn header(terms: &[&str]) -> String {
+fn header(terms: &[String], has_critic: bool) -> String {
     let columns: String = terms.iter().map(|t| format!("loss_{t},weight_{t},")).collect();
-    format!("step,loss,{columns}lr,grad_norm,images_per_second")
+    let critic = if has_critic { "critic," } else { "" };
+    format!("step,loss,{columns}{critic}lr,grad_norm,images_per_second")
 }
 
 impl MetricsLog {
     /// Opens both files of `dir`, keeping the rows of steps up to `done`.
-    pub(crate) fn open(dir: &Path, terms: &[&str], done: u64) -> Result<Self> {
+    pub(crate) fn open(dir: &Path, terms: &[String], has_critic: bool, done: u64) -> Result<Self> {
         Ok(Self {
-            metrics: keep(&dir.join(METRICS), &header(terms), done)?,
+            metrics: keep(&dir.join(METRICS), &header(terms, has_critic), done)?,
             val: keep(&dir.join(VAL), VAL_HEADER, done)?,
+            has_critic,
         })
     }
 
@@ -42,7 +45,13 @@ impl MetricsLog {
                 None => format!(",{},", t.weight),
             })
             .collect();
-        writeln!(self.metrics, "{},{},{terms}{},{},{}", r.step, r.loss, r.lr, r.grad_norm, r.images_per_second)?;
+        let critic = match (self.has_critic, r.critic) {
+            (false, _) => String::new(),
+            (true, None) => ",".to_string(),
+            (true, Some(loss)) => format!("{loss},"),
+        };
+        let StepRecord { step, loss, lr, grad_norm, images_per_second, .. } = r;
+        writeln!(self.metrics, "{step},{loss},{terms}{critic}{lr},{grad_norm},{images_per_second}")?;
         Ok(())
     }
 

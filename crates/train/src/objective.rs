@@ -1,84 +1,515 @@
-//! The objective: a weighted, scheduled sum of loss terms (equation 6 of the patent is `csc` and `ce`).
+//! The objective: a weighted, scheduled sum of loss terms (equation 6 of the patent is `csc` and `ce`), with what the terms
+//! own: adapters that are trained with the student, memories, a discriminator.
+//!
+//! None of what is owned reaches the finished student; all of it is checkpointed and resumed.
 
-use candle_core::Tensor;
+use std::collections::BTreeMap;
 
-use segdistill_losses::{CrossEntropy, Csc, cross_entropy, csc};
+use candle_core::{DType, Device, Tensor};
 
-use crate::config::{TermConfig, TermKind};
+use segdistill_losses::{
+    Ace, AceTarget, AttentionTransfer, BinaryCrossEntropy, ChannelKl, CrossEntropy, Csc, Dice, Dist, FeatureMse, Ifvd,
+    KlNormaliser, Lovasz, MemoryContrast, MiniBatchContrast, NodeKind, NodePooling, Ohem, OmniContrast, PairNormaliser,
+    PairSimilarity, PixelKl, ace, attention_transfer, binary_cross_entropy, channel_kl, cirkd_mini_batch,
+    cross_entropy, csc, dice, dist, feature_mse, ifvd, lovasz_softmax, memory_contrast, ohem_cross_entropy,
+    omni_contrast, pair_similarity, pixel_kl,
+};
+use segdistill_models::ModelInfo;
+use segdistill_models::adapter::{Align, MgdGenerator, ProjectionHead};
+use segdistill_ops::rng::Stream;
+use segdistill_ops::{Mode, NamedParam, ParamStore, Pool2dConfig, max_pool2d};
+
+use crate::checkpoint::Parts;
+use crate::config::OptimConfig;
+use crate::critic::{Critic, CriticConfig};
 use crate::error::{Result, TrainError};
+use crate::memory::{Entry, MemoryBank};
 use crate::schedule::WeightSchedule;
-use crate::step::StepInputs;
+use crate::step::{StepInputs, at_grid};
+use crate::terms::{AceRule, KdNormaliser, Nodes, PairForm, Taps, TermConfig, TermKind};
 
+/// What an objective is built for.
 #[derive(Clone, Debug)]
-struct Term {
-    kind: TermKind,
-    weight: WeightSchedule,
+pub struct Setting<'a> {
+    /// Steps of the run, over which weights move.
+    pub steps: u64,
+    /// Seed of adapters, memories, masks and discriminator.
+    pub seed: u64,
+    /// Weights of the classes in the supervised terms.
+    pub class_weights: Option<Vec<f64>>,
+    /// Optimizer of the student, whose momentum and decay exponent the discriminator's takes over.
+    pub optim: &'a OptimConfig,
+    /// The student.
+    pub student: &'a ModelInfo,
+    /// The teacher, where there is one.
+    pub teacher: Option<&'a ModelInfo>,
+    /// Where everything runs.
+    pub device: &'a Device,
 }
 
 /// A sum of loss terms, each with a weight and its schedule.
-#[derive(Clone, Debug)]
 pub struct Objective {
     terms: Vec<Term>,
-    cross_entropy: CrossEntropy,
+    class_weights: Option<Vec<f64>>,
+    n_classes: usize,
+    seed: u64,
+    /// Parameters of the adapters.
+    adapters: ParamStore,
+    /// Modules that terms of the same maps share, by name.
+    shared: BTreeMap<String, Shared>,
+    critic: Option<Critic>,
+}
+
+struct Term {
+    name: String,
+    kind: TermKind,
+    weight: WeightSchedule,
+    /// Student's and teacher's map.
+    taps: [String; 2],
+    own: Own,
+    /// Name of the shared module it goes through.
+    shared: Option<String>,
+}
+
+/// What several terms go through.
+enum Shared {
+    /// CIRKD's memory terms compare what it makes of the student's features.
+    Head(ProjectionHead),
+    /// MGD and Af-DCD compare what it makes of them, masked to this share.
+    Generator(MgdGenerator, f64),
+}
+
+impl Shared {
+    fn forward(&self, student_ndhw: &Tensor, mode: Mode, seed: u64, step: u64) -> Result<Tensor> {
+        match self {
+            Self::Head(head) => Ok(head.forward(student_ndhw, mode)?),
+            Self::Generator(generator, masked) => {
+                let keep = keep_mask(student_ndhw, *masked, seed, step)?;
+                Ok(generator.forward(student_ndhw, &keep)?)
+            }
+        }
+    }
+}
+
+/// What a term owns.
+enum Own {
+    Nothing,
+    Align(Align),
+    Memory(Box<MemoryBank>),
+}
+
+impl Own {
+    fn align(&self) -> Option<&Align> {
+        match self {
+            Self::Align(align) => Some(align),
+            _ => None,
+        }
+    }
 }
 
 /// One term at one step.
 #[derive(Clone, Debug)]
 pub struct TermValue {
     /// Name of the term, as in metrics.csv.
-    pub name: &'static str,
+    pub name: String,
     /// Weight at this step.
     pub weight: f64,
     /// Unweighted loss, a scalar in the graph; `None` when the weight is 0 and nothing was computed.
     pub loss: Option<Tensor>,
 }
 
+const ADAPTERS: &str = "adapters";
+const CRITIC: &str = "critic";
+const MEMORY: &str = "memory";
+
+/// Channels of a network's map, and its name where `penultimate` was asked for.
+fn resolve(info: &ModelInfo, whose: &str, tap: &str) -> Result<(String, usize)> {
+    let known = || info.taps.iter().map(|t| t.name.to_string()).collect::<Vec<_>>().join(", ");
+    let found = match tap {
+        Taps::LOGITS => return Ok((tap.to_string(), info.spec.n_classes)),
+        Taps::PENULTIMATE => info.taps.last(),
+        _ => info.taps.iter().find(|t| t.name == tap),
+    };
+    let missing = || {
+        let what = format!("the {whose} has no map `{tap}`, known: logits, penultimate, {}", known());
+        TrainError::config(what, "`cargo xtask models describe NAME` lists the maps of a network")
+    };
+    found.map(|t| (t.name.to_string(), t.channels)).ok_or_else(missing)
+}
+
 impl Objective {
-    /// The objective of `terms` over a run of `steps`, with the class weights of the cross entropy.
-    pub fn new(terms: &[TermConfig], steps: u64, class_weights: Option<Vec<f64>>) -> Self {
-        let term = |t: &TermConfig| Term { kind: t.loss, weight: WeightSchedule::new(t.weight, t.schedule, steps) };
-        Self { terms: terms.iter().map(term).collect(), cross_entropy: CrossEntropy { class_weights } }
+    /// The objective of `terms`, with everything they own built from the seed.
+    ///
+    /// # Errors
+    /// `Config` when a term compares with a teacher and there is none, and for a map a network does not have; what the
+    /// adapters report.
+    pub fn new(terms: &[TermConfig], setting: &Setting<'_>) -> Result<Self> {
+        let n_classes = setting.student.spec.n_classes;
+        let mut objective = Self {
+            terms: Vec::with_capacity(terms.len()),
+            class_weights: setting.class_weights.clone(),
+            n_classes,
+            seed: setting.seed,
+            adapters: ParamStore::trainable(setting.seed, DType::F32, setting.device),
+            shared: BTreeMap::new(),
+            critic: None,
+        };
+        for config in terms {
+            let term = objective.built(config, setting)?;
+            objective.terms.push(term);
+        }
+        Ok(objective)
+    }
+
+    fn built(&mut self, config: &TermConfig, setting: &Setting<'_>) -> Result<Term> {
+        let kind = config.loss.clone();
+        kind.validate()?;
+        let name = kind.name();
+        let weight = WeightSchedule::new(config.weight, config.schedule, setting.steps);
+        let logits = || [Taps::LOGITS.to_string(), Taps::LOGITS.to_string()];
+        if config.weight == 0.0 || !kind.needs_teacher() {
+            return Ok(Term { name, kind, weight, taps: logits(), own: Own::Nothing, shared: None });
+        }
+        let teacher = setting.teacher.ok_or_else(|| {
+            TrainError::config(
+                format!("term `{name}` has no teacher"),
+                "give the stage a teacher, or take the term out",
+            )
+        })?;
+        let (mut taps, mut from, mut to) = (logits(), self.n_classes, self.n_classes);
+        if let Some(asked) = kind.taps() {
+            let (student, student_channels) = resolve(setting.student, "student", asked.student())?;
+            let (teacher, teacher_channels) = resolve(teacher, "teacher", asked.teacher())?;
+            (taps, from, to) = ([student, teacher], student_channels, teacher_channels);
+        }
+        let scope = self.adapters.root().pp(&name);
+        let mut shared = None;
+        let own = match &kind {
+            TermKind::Cwd { .. } if taps[0] == Taps::LOGITS => Own::Nothing,
+            TermKind::Cwd { .. } | TermKind::Fitnet { .. } => Own::Align(Align::new(&scope, from, to)?),
+            TermKind::Mgd { masked, enhanced, .. } | TermKind::AfDcd { masked, enhanced, .. } => {
+                let kind = if *enhanced { "enhanced-generator" } else { "generator" };
+                let name = format!("{kind}-{masked}-{}", taps.join("-")).replace('.', "_");
+                if !self.shared.contains_key(&name) {
+                    let scope = self.adapters.root().pp(&name);
+                    let generator = match enhanced {
+                        true => MgdGenerator::enhanced(&scope, from, to)?,
+                        false => MgdGenerator::new(&scope, from, to)?,
+                    };
+                    self.shared.insert(name.clone(), Shared::Generator(generator, *masked));
+                }
+                shared = Some(name);
+                Own::Nothing
+            }
+            TermKind::CirkdPixel { slots, .. } | TermKind::CirkdRegion { slots, .. } => {
+                let name = format!("projection-{}", taps.join("-"));
+                if !self.shared.contains_key(&name) {
+                    let head = ProjectionHead::new(&self.adapters.root().pp(&name), from, to)?;
+                    self.shared.insert(name.clone(), Shared::Head(head));
+                }
+                shared = Some(name);
+                let entry = match &kind {
+                    TermKind::CirkdPixel { pixels_an_image, .. } => Entry::Pixels(*pixels_an_image),
+                    _ => Entry::Region,
+                };
+                Own::Memory(Box::new(MemoryBank::new(entry, self.n_classes, *slots, to, setting.seed)?))
+            }
+            TermKind::Holistic { form, condition, critic_weight, penalty, lr, width } => {
+                let cfg = CriticConfig {
+                    form: *form,
+                    condition: *condition,
+                    weight: *critic_weight,
+                    penalty: *penalty,
+                    lr: *lr,
+                    width: *width,
+                };
+                self.critic = Some(Critic::new(cfg, self.n_classes, setting)?);
+                Own::Nothing
+            }
+            _ => Own::Nothing,
+        };
+        Ok(Term { name, kind, weight, taps, own, shared })
     }
 
     /// Names of the terms, in order.
-    pub fn names(&self) -> Vec<&'static str> {
-        self.terms.iter().map(|t| t.kind.name()).collect()
+    pub fn names(&self) -> Vec<String> {
+        self.terms.iter().map(|t| t.name.clone()).collect()
     }
 
-    /// Every term at `step`.
+    /// Whether a discriminator is trained beside the student.
+    pub fn has_critic(&self) -> bool {
+        self.critic.is_some()
+    }
+
+    /// Adapters' tensors, which one optimizer moves together with the student's; their names start with `adapters.`.
+    pub fn params(&self) -> Vec<NamedParam> {
+        let prefixed = |p: NamedParam| NamedParam { name: format!("{ADAPTERS}.{}", p.name), ..p };
+        self.adapters.named().into_iter().map(prefixed).collect()
+    }
+
+    /// Every term at `step`; memories take in the step's features, before they are compared with.
     ///
     /// # Errors
     /// `Config` when a term needs a teacher and the inputs have none; what the losses report.
-    pub fn terms(&self, inputs: &StepInputs, step: u64) -> Result<Vec<TermValue>> {
-        let value = |t: &Term| {
-            let weight = t.weight.at(step);
-            let loss = if weight == 0.0 { None } else { Some(self.loss(t.kind, inputs)?) };
-            Ok(TermValue { name: t.kind.name(), weight, loss })
+    pub fn terms(&mut self, inputs: &StepInputs, step: u64) -> Result<Vec<TermValue>> {
+        let mode = Mode::Train { seed: self.seed, step };
+        // What a shared module makes of the student's features, by its name: formed once a step.
+        let mut formed: BTreeMap<String, Tensor> = BTreeMap::new();
+        let mut values = Vec::with_capacity(self.terms.len());
+        let mut terms = std::mem::take(&mut self.terms);
+        for term in &mut terms {
+            let weight = term.weight.at(step);
+            let loss = match weight {
+                0.0 => Ok(None),
+                _ => self.loss(term, inputs, mode, step, &mut formed).map(Some),
+            };
+            values.push(loss.map(|loss| TermValue { name: term.name.clone(), weight, loss }));
+        }
+        self.terms = terms;
+        values.into_iter().collect()
+    }
+
+    /// Loss of labelled pixels at label resolution.
+    fn labelled(
+        &self,
+        inputs: &StepInputs,
+        logits_nchw: &Tensor,
+        loss: impl FnOnce(&Tensor, &Tensor, &Tensor) -> segdistill_losses::Result<Tensor>,
+    ) -> Result<Tensor> {
+        Ok(loss(&inputs.at_labels(logits_nchw)?, &inputs.labels_nhw, &inputs.valid_nhw)?)
+    }
+
+    fn loss(
+        &mut self,
+        term: &mut Term,
+        inputs: &StepInputs,
+        mode: Mode,
+        step: u64,
+        formed: &mut BTreeMap<String, Tensor>,
+    ) -> Result<Tensor> {
+        let Term { kind, taps, own, shared, .. } = term;
+        let logits = &inputs.student.logits_nchw;
+        let class_weights = || self.class_weights.clone();
+        let pair = |own: &Own| inputs.pair(&taps[0], &taps[1], own.align(), mode);
+        let through = |student_ndhw: &Tensor, formed: &mut BTreeMap<String, Tensor>| -> Result<Tensor> {
+            let name = shared.as_ref().expect("named when the term was built");
+            if let Some(there) = formed.get(name) {
+                return Ok(there.clone());
+            }
+            let made = self.shared[name].forward(student_ndhw, mode, self.seed, step)?;
+            formed.insert(name.clone(), made.clone());
+            Ok(made)
         };
-        self.terms.iter().map(value).collect()
-    }
-
-    /// Cross entropy of `logits_nchw` against the labels, at label resolution.
-    fn labelled(&self, logits_nchw: &Tensor, inputs: &StepInputs) -> Result<Tensor> {
-        let logits = inputs.at_labels(logits_nchw)?;
-        Ok(cross_entropy(&logits, &inputs.labels_nhw, &inputs.valid_nhw, &self.cross_entropy)?)
-    }
-
-    fn loss(&self, kind: TermKind, inputs: &StepInputs) -> Result<Tensor> {
-        match kind {
-            TermKind::Ce => self.labelled(&inputs.student_logits_nchw, inputs),
-            TermKind::Aux => {
-                let logits = inputs.student_aux_logits_nchw.as_ref().ok_or_else(|| {
+        let loss = match &*kind {
+            TermKind::Ce { label_smoothing } => {
+                let cfg = CrossEntropy { class_weights: class_weights(), label_smoothing: *label_smoothing };
+                return self.labelled(inputs, logits, |z, y, v| cross_entropy(z, y, v, &cfg));
+            }
+            TermKind::Aux {} => {
+                let cfg = CrossEntropy { class_weights: class_weights(), ..CrossEntropy::default() };
+                let logits = inputs.student.aux_logits_nchw.as_ref().ok_or_else(|| {
                     TrainError::config("term `aux` has no auxiliary head", "set model.aux, or take the term out")
                 })?;
-                self.labelled(logits, inputs)
+                return self.labelled(inputs, logits, |z, y, v| cross_entropy(z, y, v, &cfg));
             }
-            TermKind::Csc => {
-                let teacher = inputs.teacher_logits_nchw.as_ref().ok_or_else(|| {
-                    TrainError::config("term `csc` has no teacher", "give the stage a teacher, or take the term out")
-                })?;
-                Ok(csc(&inputs.student_logits_nchw, teacher, &inputs.valid_at_logits_nhw, &Csc::default())?)
+            TermKind::Ohem { threshold, min_kept } => {
+                let cfg = Ohem { threshold: *threshold, min_kept: *min_kept, class_weights: class_weights() };
+                return self.labelled(inputs, logits, |z, y, v| ohem_cross_entropy(z, y, v, &cfg));
+            }
+            TermKind::Dice {} => return self.labelled(inputs, logits, |z, y, v| dice(z, y, v, &Dice::default())),
+            TermKind::Lovasz { per_image } => {
+                let cfg = Lovasz { per_image: *per_image, ..Lovasz::default() };
+                return self.labelled(inputs, logits, |z, y, v| lovasz_softmax(z, y, v, &cfg));
+            }
+            TermKind::Bce {} => {
+                let targets = one_hot(&inputs.labels_nhw, self.n_classes, logits)?;
+                let cfg = BinaryCrossEntropy::default();
+                return self.labelled(inputs, logits, |z, _, v| binary_cross_entropy(z, &targets, v, &cfg));
+            }
+            TermKind::Ace { target, share, temperature } => {
+                let target = match target {
+                    AceRule::TeacherWhereRight => AceTarget::TeacherWhereRight,
+                    AceRule::Blend => AceTarget::Blend { alpha: *share },
+                    AceRule::Confidence => AceTarget::Confidence,
+                };
+                let cfg = Ace { target, temperature: *temperature, class_weights: class_weights() };
+                let teacher = inputs.at_labels(&inputs.teacher()?.logits_nchw)?;
+                return self.labelled(inputs, logits, |z, y, v| ace(z, &teacher, y, v, &cfg));
+            }
+            TermKind::Csc {} => {
+                let p = pair(own)?;
+                csc(&p.student_nchw, &p.teacher_nchw, &p.valid_nhw, &Csc::default())
+            }
+            TermKind::Kd { temperature, normaliser } => {
+                let normaliser = match normaliser {
+                    KdNormaliser::MeanPixel => KlNormaliser::MeanPixel,
+                    KdNormaliser::ImageSum => KlNormaliser::ImageSum,
+                };
+                let p = pair(own)?;
+                let cfg = PixelKl { temperature: *temperature, normaliser };
+                pixel_kl(&p.student_nchw, &p.teacher_nchw, &p.valid_nhw, &cfg)
+            }
+            TermKind::Cwd { temperature, .. } => {
+                let p = pair(own)?;
+                channel_kl(&p.student_nchw, &p.teacher_nchw, &p.valid_nhw, &ChannelKl { temperature: *temperature })
+            }
+            TermKind::Dist { inter, intra, temperature } => {
+                let p = pair(own)?;
+                let cfg = Dist { inter: *inter, intra: *intra, temperature: *temperature };
+                dist(&p.student_nchw, &p.teacher_nchw, &p.valid_nhw, &cfg)
+            }
+            TermKind::At { .. } => {
+                let p = pair(own)?;
+                attention_transfer(&p.student_nchw, &p.teacher_nchw, &p.valid_nhw, &AttentionTransfer::default())
+            }
+            TermKind::Fitnet { .. } => {
+                let p = pair(own)?;
+                feature_mse(&p.student_nchw, &p.teacher_nchw, &p.valid_nhw, &FeatureMse::fitnet())
+            }
+            TermKind::Mgd { .. } => {
+                let p = pair(own)?;
+                let generated = through(&p.student_nchw, formed)?;
+                feature_mse(&generated, &p.teacher_nchw, &p.valid_nhw, &FeatureMse::mgd())
+            }
+            TermKind::AfDcd { pooling, patch, groups, temperature, .. } => {
+                let p = pair(own)?;
+                let pooled = |map: &Tensor| pool(map, *pooling);
+                let (generated, teacher) = (pooled(&through(&p.student_nchw, formed)?)?, pooled(&p.teacher_nchw)?);
+                let (_, _, h, w) = generated.dims4()?;
+                let cfg = OmniContrast { patch: *patch, groups: *groups, temperature: *temperature };
+                omni_contrast(&generated, &teacher, &at_grid(&inputs.valid_nhw, [h, w])?, &cfg)
+            }
+            TermKind::Ifvd { .. } => {
+                let p = pair(own)?;
+                let cfg = Ifvd { n_classes: self.n_classes };
+                ifvd(&p.student_nchw, &p.teacher_nchw, &p.labels_nhw, &p.valid_nhw, &cfg)
+            }
+            TermKind::PairWise { nodes, patch, form, .. } => {
+                let p = pair(own)?;
+                let (_, _, h, w) = p.student_nchw.dims4()?;
+                let side = |size: usize| ((size as f64 * patch) as usize).max(1);
+                let pooled = |kind| Some(NodePooling { kernel: [side(h), side(w)], kind });
+                let nodes = match nodes {
+                    Nodes::Max => pooled(NodeKind::Max),
+                    Nodes::Average => pooled(NodeKind::Average),
+                    Nodes::Pixels => None,
+                };
+                let (normaliser, detach_norm) = match form {
+                    PairForm::Paper => (PairNormaliser::Paper, false),
+                    PairForm::Code => (PairNormaliser::Code, true),
+                };
+                let cfg = PairSimilarity { nodes, normaliser, detach_norm };
+                pair_similarity(&p.student_nchw, &p.teacher_nchw, &p.valid_nhw, &cfg)
+            }
+            TermKind::CirkdMiniBatch { temperature, pooling, .. } => {
+                let p = pair(own)?;
+                let cfg =
+                    MiniBatchContrast { temperature: *temperature, pooling: Some(*pooling).filter(|side| *side > 1) };
+                cirkd_mini_batch(&p.student_nchw, &p.teacher_nchw, &p.valid_nhw, &cfg)
+            }
+            TermKind::CirkdPixel { temperature, contrast, .. }
+            | TermKind::CirkdRegion { temperature, contrast, .. } => {
+                let p = pair(own)?;
+                let Own::Memory(memory) = own else { unreachable!("built with the term") };
+                memory.enqueue(&p.teacher_nchw, &p.labels_nhw, &p.valid_nhw, step)?;
+                let bank = memory.sample(*contrast, step, p.student_nchw.dtype(), p.student_nchw.device())?;
+                let student = through(&p.student_nchw, formed)?;
+                let cfg = MemoryContrast { temperature: *temperature, ..MemoryContrast::default() };
+                memory_contrast(&student, &p.teacher_nchw, &bank, &p.valid_nhw, &cfg)
+            }
+            TermKind::Holistic { .. } => {
+                let p = pair(own)?;
+                let critic = self.critic.as_mut().expect("built with the term");
+                return critic.judge(&p, &inputs.images_nchw, step);
+            }
+        };
+        Ok(loss?)
+    }
+
+    /// One step of the discriminator on the maps its term last saw; its loss, if there is one.
+    ///
+    /// # Errors
+    /// `NonFiniteLoss` and what the operations report.
+    pub fn train_critic(&mut self, step: u64) -> Result<Option<f64>> {
+        self.critic.as_mut().map(|critic| critic.step(step)).transpose().map(Option::flatten)
+    }
+
+    /// Everything the terms own, for the checkpoint.
+    ///
+    /// # Errors
+    /// `Candle` when a tensor cannot be made.
+    pub fn state(&self) -> Result<Parts> {
+        let mut parts = Parts::new();
+        let adapters = self.adapters.tensors();
+        if !adapters.is_empty() {
+            parts.insert(ADAPTERS.to_string(), adapters);
+        }
+        if let Some(critic) = &self.critic {
+            parts.insert(CRITIC.to_string(), critic.state());
+        }
+        for term in &self.terms {
+            if let Own::Memory(memory) = &term.own {
+                parts.insert(format!("{MEMORY}-{}", term.name), memory.state()?);
             }
         }
+        Ok(parts)
     }
+
+    /// Takes the state of a checkpoint.
+    ///
+    /// # Errors
+    /// `Config` when it is that of another objective.
+    pub fn load_state(&mut self, parts: &Parts) -> Result<()> {
+        let part = |name: &str| {
+            parts.get(name).ok_or_else(|| {
+                TrainError::config(
+                    format!("the checkpoint has no {name}.safetensors, which the objective needs"),
+                    "resume with the objective the run was started with",
+                )
+            })
+        };
+        if !self.adapters.named().is_empty() {
+            self.adapters.load(part(ADAPTERS)?)?;
+        }
+        if let Some(critic) = &mut self.critic {
+            critic.load_state(part(CRITIC)?)?;
+        }
+        for term in &mut self.terms {
+            if let Own::Memory(memory) = &mut term.own {
+                memory.load_state(part(&format!("{MEMORY}-{}", term.name))?)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Labels as one map of 0 and 1 a class, in the type of `like`; void is 0 everywhere.
+fn one_hot(labels_nhw: &Tensor, n_classes: usize, like: &Tensor) -> Result<Tensor> {
+    let (n, h, w) = labels_nhw.dims3()?;
+    let labels = labels_nhw.flatten_all()?.to_vec1::<u8>()?;
+    let m = h * w;
+    let mut maps = vec![0u8; n * n_classes * m];
+    for (at, label) in labels.into_iter().enumerate().filter(|(_, label)| usize::from(*label) < n_classes) {
+        maps[(at / m * n_classes + usize::from(label)) * m + at % m] = 1;
+    }
+    let maps = Tensor::from_vec(maps, (n, n_classes, h, w), &Device::Cpu)?;
+    Ok(maps.to_dtype(like.dtype())?.to_device(like.device())?)
+}
+
+/// Maximum over windows of `side` x `side`, windows that do not fit left out.
+fn pool(map_ndhw: &Tensor, side: usize) -> Result<Tensor> {
+    if side == 1 {
+        return Ok(map_ndhw.clone());
+    }
+    let cfg = Pool2dConfig { kernel: [side, side], stride: [side, side], padding: [0, 0], ceil_mode: false };
+    Ok(max_pool2d(map_ndhw, cfg)?)
+}
+
+/// 0 at a share `masked` of the positions, drawn for each image and step, 1 elsewhere.
+fn keep_mask(map_ndhw: &Tensor, masked: f64, seed: u64, step: u64) -> Result<Tensor> {
+    let (n, _, h, w) = map_ndhw.dims4()?;
+    let mut stream = Stream::new(seed, "mgd mask", &[step]);
+    let keep: Vec<u8> = (0..n * h * w).map(|_| u8::from(!stream.chance(masked))).collect();
+    let keep = Tensor::from_vec(keep, (n, 1, h, w), &Device::Cpu)?;
+    Ok(keep.to_dtype(map_ndhw.dtype())?.to_device(map_ndhw.device())?)
 }

@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 
+use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, DType, InplaceOp1, InplaceOp2, Layout, Storage, Tensor};
 use rayon::prelude::*;
 
@@ -32,7 +33,16 @@ impl Sgd {
     /// # Errors
     /// `Candle` when the state cannot be allocated.
     pub fn new(store: &ParamStore, cfg: OptimConfig) -> Result<Self> {
-        let params: Vec<NamedParam> = store.named().into_iter().filter(|p| p.kind != ParamKind::Buffer).collect();
+        Self::over(store.named(), cfg)
+    }
+
+    /// An optimizer over the trainable ones of `params`, whose names differ; buffers get no state.
+    ///
+    /// # Errors
+    /// As [`Sgd::new`].
+    pub fn over(params: Vec<NamedParam>, cfg: OptimConfig) -> Result<Self> {
+        let mut params: Vec<NamedParam> = params.into_iter().filter(|p| p.kind != ParamKind::Buffer).collect();
+        params.sort_by(|a, b| a.name.cmp(&b.name));
         let mut velocity = BTreeMap::new();
         for p in &params {
             velocity.insert(p.name.clone(), p.tensor.zeros_like()?.detach());
@@ -43,6 +53,20 @@ impl Sgd {
     /// The parameters this optimizer moves, sorted by name.
     pub fn params(&self) -> &[NamedParam] {
         &self.params
+    }
+
+    /// Gradients in the order of [`Sgd::params`]; every one of these must have one.
+    ///
+    /// # Errors
+    /// `NoGradient` naming those that have none.
+    pub fn gradients(&self, found: &GradStore) -> Result<Vec<Tensor>> {
+        let gradients: Vec<Option<Tensor>> = self.params.iter().map(|p| found.get(&p.tensor).cloned()).collect();
+        if gradients.iter().any(Option::is_none) {
+            let unreached =
+                self.params.iter().zip(&gradients).filter(|(_, g)| g.is_none()).map(|(p, _)| p.name.clone());
+            return Err(TrainError::NoGradient { parameters: unreached.collect() });
+        }
+        Ok(gradients.into_iter().flatten().collect())
     }
 
     /// Momentum buffers by parameter name, for the checkpoint.

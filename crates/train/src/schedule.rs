@@ -1,6 +1,7 @@
 //! Numbers that move over a run: the learning rate and the weights of loss terms.
 
-use crate::config::{OptimConfig, ScheduleConfig};
+use crate::config::OptimConfig;
+use crate::terms::ScheduleConfig;
 
 /// Polynomial decay with linear warm-up: `lr * min(1, (t + 1) / warmup) * (1 - t / steps)^power`.
 #[derive(Clone, Copy, Debug)]

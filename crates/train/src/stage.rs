@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use candle_core::{DType, Device, Tensor, backprop::GradStore};
+use candle_core::{DType, Device, Tensor};
 
 use segdistill_data::{Batch, Dataset, Loader, LoaderConfig, stats::Stats, transform::TrainTransform};
 use segdistill_eval::Scores;
@@ -18,7 +18,7 @@ use crate::config::{ClassWeighting, Stage};
 use crate::error::{Result, TrainError};
 use crate::evaluate::evaluate;
 use crate::metrics_log::MetricsLog;
-use crate::objective::{Objective, TermValue};
+use crate::objective::{Objective, Setting, TermValue};
 use crate::optim::{Sgd, global_norm};
 use crate::schedule::PolySchedule;
 use crate::step::StepInputs;
@@ -43,7 +43,7 @@ pub struct StageData<'a> {
 #[derive(Clone, Debug)]
 pub struct StepTerm {
     /// Name of the term.
-    pub name: &'static str,
+    pub name: String,
     /// Weight at this step.
     pub weight: f64,
     /// Unweighted value; `None` when the weight is 0.
@@ -59,6 +59,8 @@ pub struct StepRecord {
     pub loss: f64,
     /// Every term.
     pub terms: Vec<StepTerm>,
+    /// Loss of the discriminator, where the objective trains one.
+    pub critic: Option<f64>,
     /// Learning rate of the step.
     pub lr: f64,
     /// Global gradient norm before clipping.
@@ -124,7 +126,21 @@ pub fn run_stage(
         tensors.extend(data.start.iter().map(|(name, tensor)| (name.clone(), tensor.clone())));
         store.load(&tensors)?;
     }
-    let mut sgd = Sgd::new(&store, stage.optim.clone())?;
+    let teacher = if stage.needs_teacher() { data.teacher.map(|(teacher, _)| teacher) } else { None };
+    let mut objective = Objective::new(
+        &stage.terms,
+        &Setting {
+            steps: stage.steps,
+            seed: stage.seed,
+            class_weights: class_weights(stage.class_weighting, data.train.as_ref())?,
+            optim: &stage.optim,
+            student: student.info(),
+            teacher: teacher.map(Frozen::info),
+            device: data.device,
+        },
+    )?;
+    let trained = store.named().into_iter().chain(objective.params()).collect();
+    let mut sgd = Sgd::over(trained, stage.optim.clone())?;
     let mut state = State {
         step: 0,
         validated: 0,
@@ -139,14 +155,12 @@ pub fn run_stage(
         same_run(&place, &saved.state, &state)?;
         store.load(&saved.model)?;
         sgd.load_state(saved.optimizer)?;
+        objective.load_state(&saved.parts)?;
         state = saved.state;
     }
-    let teacher = if stage.needs_teacher() { data.teacher.map(|(teacher, _)| teacher) } else { None };
-    let objective =
-        Objective::new(&stage.terms, stage.steps, class_weights(stage.class_weighting, data.train.as_ref())?);
     let schedule = PolySchedule::new(&stage.optim, stage.steps);
     let loader = Loader::new(Arc::clone(&data.train), Some(transform(stage)), loader_config(stage))?;
-    let mut log = MetricsLog::open(dir, &objective.names(), state.step)?;
+    let mut log = MetricsLog::open(dir, &objective.names(), objective.has_critic(), state.step)?;
     observer.on_start(stage, state.step);
 
     let mut batches = loader.iter_from(state.step);
@@ -166,7 +180,7 @@ pub fn run_stage(
             let record = ValRecord { step: state.step, scores, is_best };
             log.val(&record)?;
             log.sync()?;
-            checkpoint::save(dir, state.clone(), &store.tensors(), sgd.state(), is_best)?;
+            checkpoint::save(dir, state.clone(), &store.tensors(), sgd.state(), &objective.state()?, is_best)?;
             observer.on_val(&record);
         }
         if state.step == stage.steps {
@@ -178,13 +192,13 @@ pub fn run_stage(
         let batch = batches.next().ok_or_else(|| TrainError::config("loader ended", "report this as a defect"))??;
         // Labels stay on the host, where masks and targets are made of them.
         let batch = Batch { images_nchw: batch.images_nchw.to_device(data.device)?, ..batch };
-        let forward = || -> Result<Vec<TermValue>> {
+        let mut forward = || -> Result<Vec<TermValue>> {
             let mode = Mode::Train { seed: stage.seed, step: t };
             objective.terms(&StepInputs::forward(student.as_ref(), teacher, &batch, mode)?, t)
         };
         // Only the losses are held from here on: the backward pass lets go of each map it is done with.
         let (losses, values) = finite_losses(forward()?, t, &batch)?;
-        let grads = gradients(&graph::backward_from(losses)?, sgd.params())?;
+        let grads = sgd.gradients(&graph::backward_from(losses)?)?;
         let norm = global_norm(&grads)?;
         if !norm.is_finite() {
             return Err(blame_gradient(&grads, sgd.params(), forward()?, t, &batch));
@@ -193,12 +207,14 @@ pub fn run_stage(
         let scale = if clip > 0.0 && norm > clip { clip / norm } else { 1.0 };
         let lr = schedule.at(t);
         sgd.step(&grads, lr, scale)?;
+        let critic = objective.train_critic(t)?;
         state.step += 1;
 
         let record = StepRecord {
             step: state.step,
             loss: values.iter().map(|v| v.weight * v.value.unwrap_or(0.0)).sum(),
             terms: values,
+            critic,
             lr,
             grad_norm: norm,
             images_per_second: stage.batch_size as f64 / clock.elapsed().as_secs_f64(),
@@ -207,7 +223,8 @@ pub fn run_stage(
         observer.on_step(&record);
         if data.stop.load(Ordering::SeqCst) {
             log.sync()?;
-            let place = checkpoint::save(dir, state.clone(), &store.tensors(), sgd.state(), false)?;
+            let place =
+                checkpoint::save(dir, state.clone(), &store.tensors(), sgd.state(), &objective.state()?, false)?;
             return Err(TrainError::Interrupted { step: state.step, checkpoint: place });
         }
     }
@@ -311,7 +328,7 @@ fn finite_losses(terms: Vec<TermValue>, step: u64, batch: &Batch) -> Result<(Vec
             let v = loss.to_dtype(DType::F64)?.to_scalar::<f64>()?;
             if !v.is_finite() {
                 let samples = batch.names.clone();
-                return Err(TrainError::NonFiniteLoss { term: term.name.into(), value: v, step, samples });
+                return Err(TrainError::NonFiniteLoss { term: term.name, value: v, step, samples });
             }
             losses.push(weighted(loss, term.weight)?);
             value = Some(v);
@@ -331,16 +348,6 @@ fn weighted(loss: Tensor, weight: f64) -> Result<(Tensor, Tensor)> {
     Ok((loss, seed))
 }
 
-/// Gradients in the optimizer's order; every trainable parameter must have one.
-fn gradients(grads: &GradStore, params: &[NamedParam]) -> Result<Vec<Tensor>> {
-    let found: Vec<Option<Tensor>> = params.iter().map(|p| grads.get(&p.tensor).cloned()).collect();
-    if found.iter().any(Option::is_none) {
-        let unreached = params.iter().zip(&found).filter(|(_, g)| g.is_none()).map(|(p, _)| p.name.clone());
-        return Err(TrainError::NoGradient { parameters: unreached.collect() });
-    }
-    Ok(found.into_iter().flatten().collect())
-}
-
 /// Names the parameter and, by differentiating each term alone, the terms whose gradient is not finite.
 fn blame_gradient(
     grads: &[Tensor],
@@ -351,10 +358,10 @@ fn blame_gradient(
 ) -> TrainError {
     let bad = |g: &Tensor| !global_norm(std::slice::from_ref(g)).is_ok_and(f64::is_finite);
     let parameter = params.iter().zip(grads).find(|(_, g)| bad(g)).map_or("their sum", |(p, _)| p.name.as_str());
-    let names: Vec<String> = terms.iter().filter(|t| t.loss.is_some()).map(|t| t.name.to_string()).collect();
+    let names: Vec<String> = terms.iter().filter(|t| t.loss.is_some()).map(|t| t.name.clone()).collect();
     let alone = |term: TermValue| {
         let grads = graph::backward_from(vec![weighted(term.loss?, term.weight).ok()?]).ok()?;
-        params.iter().any(|p| grads.get(&p.tensor).is_some_and(bad)).then(|| term.name.to_string())
+        params.iter().any(|p| grads.get(&p.tensor).is_some_and(bad)).then_some(term.name)
     };
     let mut blamed: Vec<String> = terms.into_iter().filter_map(alone).collect();
     if blamed.is_empty() {

@@ -22,13 +22,13 @@ impl Observer for Losses {
 fn run(device: &Device) -> (Vec<f64>, Vec<u8>) {
     let folder = tempfile::tempdir().unwrap();
     let world = World::new();
-    let teach = stage(&[(TermKind::Ce, 1.0)]);
+    let teach = stage(&[(TermKind::ce(), 1.0)]);
     let teacher = segdistill_ops::ParamStore::trainable(9, candle_core::DType::F32, &Device::Cpu);
     segdistill_models::build(&teach.model, &teacher).unwrap();
     let teacher = Frozen::new(&teach.model, teacher.tensors(), candle_core::DType::F32, device).unwrap();
     let data = StageData { device, teacher: Some((&teacher, "seed 9")), ..world.data() };
     let mut losses = Losses::default();
-    let stage = stage(&[(TermKind::Ce, 1.0), (TermKind::Csc, 2.0)]);
+    let stage = stage(&[(TermKind::ce(), 1.0), (TermKind::Csc {}, 2.0)]);
     let outcome = run_stage(&stage, folder.path(), &data, false, &mut losses).unwrap();
     (losses.0, checkpoint::to_safetensors(&outcome.weights).unwrap())
 }

@@ -19,7 +19,7 @@ fn tensors(value: f32) -> BTreeMap<String, Tensor> {
 }
 
 fn state(step: u64) -> State {
-    let stage = common::stage(&[(TermKind::Ce, 1.0)]);
+    let stage = common::stage(&[(TermKind::ce(), 1.0)]);
     State { step, validated: step, best: None, stage, teacher: None, data: "none".into(), sha256: BTreeMap::new() }
 }
 
@@ -30,7 +30,7 @@ fn child_saves_until_killed() {
     for step in 1.. {
         let t = tensors(step as f32);
         for is_best in [false, step % 3 == 0] {
-            checkpoint::save(std::path::Path::new(&dir), state(step), &t, &t, is_best).unwrap();
+            checkpoint::save(std::path::Path::new(&dir), state(step), &t, &t, &Default::default(), is_best).unwrap();
         }
     }
 }
@@ -59,7 +59,7 @@ fn a_killed_save_leaves_a_checkpoint_that_loads() {
     assert!(newest > 0, "the child saved at least once");
     // The next save sweeps what the killed ones left.
     let t = tensors(0.5);
-    checkpoint::save(dir.path(), state(9999), &t, &t, true).unwrap();
+    checkpoint::save(dir.path(), state(9999), &t, &t, &Default::default(), true).unwrap();
     let left: Vec<_> =
         fs_err::read_dir(dir.path().join("checkpoints")).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(left, ["step_009999"]);

@@ -40,7 +40,7 @@ impl Observer for Losses {
 }
 
 fn short(precision: Precision) -> Stage {
-    let mut stage = Stage { precision, steps: 24, eval_every: 12, ..stage(&[(TermKind::Ce, 1.0)]) };
+    let mut stage = Stage { precision, steps: 24, eval_every: 12, ..stage(&[(TermKind::ce(), 1.0)]) };
     stage.class_weighting = ClassWeighting::None;
     stage
 }

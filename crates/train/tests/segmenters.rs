@@ -61,9 +61,9 @@ fn every_network_learns_what_it_sees() {
     let mut wrong = Vec::new();
     for model in specs() {
         let name = format!("{} ({}{})", model.full_name(), model.layout, if model.aux { ", aux" } else { "" });
-        let mut stage = stage(&[(TermKind::Ce, 1.0)]);
+        let mut stage = stage(&[(TermKind::ce(), 1.0)]);
         if model.aux {
-            stage.terms.push(common::term(TermKind::Aux, TermKind::AUX_WEIGHT));
+            stage.terms.push(common::term(TermKind::Aux {}, TermKind::AUX_WEIGHT));
         }
         stage.model = model;
         stage.steps = STEPS;

@@ -47,7 +47,7 @@ fn last_weights(dir: &Path) -> Vec<u8> {
 #[test]
 fn a_run_repeats_bit_for_bit() {
     let (a, b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let stage = stage(&[(TermKind::Ce, 1.0)]);
+    let stage = stage(&[(TermKind::ce(), 1.0)]);
     let (x, y) = (train(&stage, a.path(), &World::new()), train(&stage, b.path(), &World::new()));
     assert_eq!(bytes(&x.weights), bytes(&y.weights));
     assert_eq!(untimed(a.path()), untimed(b.path()));
@@ -63,7 +63,7 @@ fn a_run_repeats_bit_for_bit() {
 
 #[test]
 fn a_run_stopped_at_any_step_resumes_to_the_same_bits() {
-    let stage = stage(&[(TermKind::Ce, 1.0)]);
+    let stage = stage(&[(TermKind::ce(), 1.0)]);
     let whole = tempfile::tempdir().unwrap();
     let expected = train(&stage, whole.path(), &World::new());
     for cut in 1..=stage.steps {
@@ -91,7 +91,7 @@ fn a_run_stopped_at_any_step_resumes_to_the_same_bits() {
 #[test]
 fn resuming_another_configuration_names_the_difference() {
     let dir = tempfile::tempdir().unwrap();
-    let mut stage = stage(&[(TermKind::Ce, 1.0)]);
+    let mut stage = stage(&[(TermKind::ce(), 1.0)]);
     train(&stage, dir.path(), &World::new());
     stage.optim.lr = 0.5;
     stage.batch_size = 3;
@@ -105,7 +105,7 @@ fn resuming_another_configuration_names_the_difference() {
 #[test]
 fn a_changed_checkpoint_is_refused() {
     let dir = tempfile::tempdir().unwrap();
-    train(&stage(&[(TermKind::Ce, 1.0)]), dir.path(), &World::new());
+    train(&stage(&[(TermKind::ce(), 1.0)]), dir.path(), &World::new());
     let place = checkpoint::find(dir.path(), "last").unwrap().unwrap();
     for file in ["model.safetensors", "optimizer.safetensors"] {
         let path = place.join(file);
@@ -140,7 +140,7 @@ fn teacher(spec: &ModelSpec, poison: Option<f32>) -> Frozen {
 #[test]
 fn distilling_trains_the_student_alone() {
     let (dir, world) = (tempfile::tempdir().unwrap(), World::new());
-    let stage = stage(&[(TermKind::Csc, 5.0), (TermKind::Ce, 1.0)]);
+    let stage = stage(&[(TermKind::Csc {}, 5.0), (TermKind::ce(), 1.0)]);
     let frozen = teacher(&stage.model, None);
     let probe = Tensor::ones((1, 3, 32, 48), DType::F32, &Device::Cpu).unwrap();
     let before = frozen.forward(&probe).unwrap().logits_nchw.flatten_all().unwrap().to_vec1::<f32>().unwrap();
@@ -159,14 +159,14 @@ fn distilling_trains_the_student_alone() {
 #[test]
 fn a_term_without_teacher_is_a_clear_error() {
     let dir = tempfile::tempdir().unwrap();
-    let error = run_stage(&stage(&[(TermKind::Csc, 1.0)]), dir.path(), &World::new().data(), false, &mut Silent);
+    let error = run_stage(&stage(&[(TermKind::Csc {}, 1.0)]), dir.path(), &World::new().data(), false, &mut Silent);
     assert!(error.unwrap_err().to_string().contains("no teacher"));
 }
 
 #[test]
 fn a_blown_up_loss_names_term_and_samples() {
     let dir = tempfile::tempdir().unwrap();
-    let mut stage = stage(&[(TermKind::Ce, 1.0)]);
+    let mut stage = stage(&[(TermKind::ce(), 1.0)]);
     stage.optim.lr = 1e30;
     stage.optim.warmup_steps = 0;
     let error = run_stage(&stage, dir.path(), &World::new().data(), false, &mut Silent).unwrap_err();
@@ -187,7 +187,7 @@ fn a_blown_up_loss_names_term_and_samples() {
 #[test]
 fn a_teacher_that_overflows_is_named_by_its_term() {
     let (dir, world) = (tempfile::tempdir().unwrap(), World::new());
-    let stage = stage(&[(TermKind::Csc, 1.0), (TermKind::Ce, 1.0)]);
+    let stage = stage(&[(TermKind::Csc {}, 1.0), (TermKind::ce(), 1.0)]);
     let frozen = teacher(&stage.model, Some(3e38));
     let data = StageData { teacher: Some((&frozen, "digest")), ..world.data() };
     let error = run_stage(&stage, dir.path(), &data, false, &mut Silent).unwrap_err();
@@ -197,7 +197,7 @@ fn a_teacher_that_overflows_is_named_by_its_term() {
 /// A stage starts from the tensors it is given, from its seed in all others, and refuses what the network does not have.
 #[test]
 fn a_stage_starts_from_what_it_is_given() {
-    let mut stage = stage(&[(TermKind::Ce, 1.0)]);
+    let mut stage = stage(&[(TermKind::ce(), 1.0)]);
     (stage.optim.lr, stage.optim.warmup_steps) = (1e-12, 0);
     let drawn = |seed| {
         let store = ParamStore::trainable(seed, DType::F32, &Device::Cpu);

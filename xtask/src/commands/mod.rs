@@ -21,6 +21,7 @@ pub(crate) mod models;
 pub(crate) mod predict;
 pub(crate) mod report;
 pub(crate) mod reproduce;
+pub(crate) mod sweep;
 pub(crate) mod tidy;
 pub(crate) mod train;
 pub(crate) mod weights;

@@ -33,17 +33,8 @@ pub(crate) fn run(args: &Reproduce) -> Result<()> {
     if args.dry_run {
         return dry_run(&plan, &device, args.json);
     }
-    plan.preflight(&device)?;
     let started = Instant::now();
-    let folder = RunFolder::take(&out_dir(&args.recipe, &plan), &plan, args.resume)?;
-    eprintln!("run folder {}", folder.path().display());
-    let pipeline =
-        Pipeline { plan: &plan, run: folder.path(), device, interrupt: Interrupt::listen()?, resume: args.resume };
-    let teacher = pipeline.teacher()?;
-    for stage in &plan.students {
-        pipeline.student(stage, Some(&teacher))?;
-    }
-    let written = report_page::write(&[folder.path().to_path_buf()], &folder.path().join("report"))?;
+    let (_, written) = run_plan(&plan, &out_dir(&args.recipe, &plan), args.resume)?;
     if args.json {
         println!("{}", serde_json::to_string_pretty(&written.rows)?);
     } else {
@@ -51,6 +42,21 @@ pub(crate) fn run(args: &Reproduce) -> Result<()> {
     }
     eprintln!("report: {}  ({})", written.page.display(), duration(started.elapsed().as_secs_f64()));
     within_band(&plan.expect, &written.rows)
+}
+
+/// Trains and evaluates every stage of a plan in `out` and writes the report there; gives the folder and the report.
+pub(crate) fn run_plan(plan: &Plan, out: &Path, resume: bool) -> Result<(PathBuf, report_page::Written)> {
+    let device = super::device(&plan.device, plan.tf32)?;
+    plan.preflight(&device)?;
+    let folder = RunFolder::take(out, plan, resume)?;
+    eprintln!("run folder {}", folder.path().display());
+    let pipeline = Pipeline { plan, run: folder.path(), device, interrupt: Interrupt::listen()?, resume };
+    let teacher = pipeline.teacher()?;
+    for stage in &plan.students {
+        pipeline.student(stage, Some(&teacher))?;
+    }
+    let written = report_page::write(&[folder.path().to_path_buf()], &folder.path().join("report"))?;
+    Ok((folder.path().to_path_buf(), written))
 }
 
 /// What the recipe promises of its results.
@@ -94,7 +100,7 @@ fn within_band(expect: &Expect, rows: &[ResultRow]) -> Result<()> {
 }
 
 /// Prints what would run: networks, MACs, and the time from one measured step of each network.
-fn dry_run(plan: &Plan, device: &Device, json: bool) -> Result<()> {
+pub(super) fn dry_run(plan: &Plan, device: &Device, json: bool) -> Result<()> {
     let mut rows = Vec::new();
     let mut forward_of_teacher = 0.0;
     for stage in std::iter::once(&plan.teacher).chain(&plan.students) {

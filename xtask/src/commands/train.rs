@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use crate::cli::Train;
+use crate::cli::{RecipeArgs, Train};
 use crate::exit::usage;
 use crate::pipeline::{Interrupt, Pipeline};
 use crate::recipe::Plan;
@@ -10,7 +10,10 @@ use crate::run_folder::{RunFolder, is_finished, read_config, stage_dir};
 
 /// Runs the command.
 pub(crate) fn run(args: &Train) -> Result<()> {
-    let plan = Plan::resolve(&args.recipe)?;
+    // Any objective of the recipe can be trained alone, whether or not it is among the recipe's methods.
+    let methods = args.recipe.methods.clone().or_else(|| (args.stage != "teacher").then(|| vec![args.stage.clone()]));
+    let recipe = RecipeArgs { methods, ..args.recipe.clone() };
+    let plan = Plan::resolve(&recipe)?;
     let device = super::device(&plan.device, plan.tf32)?;
     let wanted: Vec<_> = plan.students.iter().filter(|s| s.method == args.stage).collect();
     if args.stage != "teacher" && wanted.is_empty() {

@@ -15,6 +15,18 @@ pub(super) const EMBEDDED: [(&str, &str); 6] = [
     ("cityscapes-segformer", include_str!("../../recipes/cityscapes-segformer.toml")),
 ];
 
+/// Objectives that come with the program: fragments of the base recipe, a method or a family each.
+const METHODS: [&str; 8] = [
+    include_str!("../../recipes/methods/supervised.toml"),
+    include_str!("../../recipes/methods/csc.toml"),
+    include_str!("../../recipes/methods/kd.toml"),
+    include_str!("../../recipes/methods/skd.toml"),
+    include_str!("../../recipes/methods/cirkd.toml"),
+    include_str!("../../recipes/methods/cwd.toml"),
+    include_str!("../../recipes/methods/dist.toml"),
+    include_str!("../../recipes/methods/features.toml"),
+];
+
 /// All layers merged.
 pub(super) struct Merged {
     /// Every key of the base recipe, with the last value written for it.
@@ -155,7 +167,15 @@ fn chain(name: &str) -> Result<Vec<Layer>> {
     loop {
         let text = EMBEDDED.iter().find(|(n, _)| *n == next).map(|(_, text)| *text);
         let (origin, table, embedded) = match text {
-            Some(text) => (format!("recipe `{next}`"), parse(text, &next)?, true),
+            Some(text) => {
+                let mut table = parse(text, &next)?;
+                if next == "base" {
+                    for method in METHODS {
+                        merge(&mut table, parse(method, "methods")?);
+                    }
+                }
+                (format!("recipe `{next}`"), table, true)
+            }
             None if next.ends_with(".toml") => {
                 let text = fs_err::read_to_string(&next).map_err(|e| coded(UNAVAILABLE, e))?;
                 (format!("`{next}`"), parse(&text, &next)?, false)

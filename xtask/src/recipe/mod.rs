@@ -6,6 +6,7 @@
 mod layers;
 mod plan;
 mod start;
+mod vary;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -25,6 +26,7 @@ use crate::exit::usage;
 
 pub(crate) use plan::{DataPlan, Expect, Plan};
 pub(crate) use start::{Fills, Pinned, Start, whole};
+pub(crate) use vary::{Variant, Variation};
 
 /// A recipe as written, merged with what it extends.
 #[derive(Clone, Debug, Deserialize)]
@@ -143,7 +145,28 @@ struct TrainKeys {
 #[serde(deny_unknown_fields)]
 struct ObjectiveKeys {
     terms: Vec<TermConfig>,
+    /// Terms for data sets on which the source has other weights.
+    #[serde(default)]
+    on: BTreeMap<String, TermKeys>,
 }
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct TermKeys {
+    terms: Vec<TermConfig>,
+}
+
+impl ObjectiveKeys {
+    /// Terms on a data set.
+    fn terms(&self, dataset: &str) -> &[TermConfig] {
+        self.on.get(dataset).map_or(&self.terms, |on| &on.terms)
+    }
+}
+
+/// Every objective that compares with a teacher, besides the cross entropy.
+const ALL: &str = "all";
+/// The objective that teachers are trained with and gains are measured against.
+const BASELINE: &str = "ce";
 
 /// A recipe and the keys its user wrote, as opposed to those of embedded recipes.
 struct Read {
@@ -164,11 +187,34 @@ impl Recipe {
         Ok(Read { recipe, written: merged.written })
     }
 
+    /// The methods asked for, `all` written out: the baseline, then every objective that compares with a teacher, each
+    /// once where two names mean the same.
+    fn methods(&self, asked: &[String]) -> Vec<String> {
+        let all = || {
+            let mut names = vec![BASELINE];
+            let mut seen: Vec<&[TermConfig]> = Vec::new();
+            for (name, objective) in &self.objectives {
+                let terms = objective.terms(&self.dataset);
+                let distils = terms.iter().any(|term| term.weight > 0.0 && term.loss.needs_teacher());
+                if distils && !seen.contains(&terms) {
+                    seen.push(terms);
+                    names.push(name);
+                }
+            }
+            names
+        };
+        let one = |name: &String| match name.as_str() {
+            ALL => all().into_iter().map(str::to_string).collect(),
+            _ => vec![name.clone()],
+        };
+        asked.iter().flat_map(one).collect()
+    }
+
     /// The stage that trains `model`; with an auxiliary head its loss joins the objective unless a term names it.
     fn stage(&self, method: &str, model: ModelSpec, seed: u64, mut terms: Vec<TermConfig>) -> Stage {
-        if model.aux && terms.iter().all(|term| term.loss != TermKind::Aux) {
+        if model.aux && terms.iter().all(|term| term.loss != TermKind::Aux {}) {
             let schedule = ScheduleConfig::Constant;
-            terms.push(TermConfig { loss: TermKind::Aux, weight: TermKind::AUX_WEIGHT, schedule });
+            terms.push(TermConfig { loss: TermKind::Aux {}, weight: TermKind::AUX_WEIGHT, schedule });
         }
         Stage {
             method: method.to_string(),
@@ -209,9 +255,10 @@ impl Recipe {
         };
         let ce = self
             .objectives
-            .get("ce")
+            .get(BASELINE)
             .ok_or_else(|| usage!("[objectives.ce] is missing\n  hint: the teacher is trained with it"))?;
-        let mut stage = self.stage("teacher", model.spec("teacher", written, n_classes)?, t.seed, ce.terms.clone());
+        let mut stage =
+            self.stage("teacher", model.spec("teacher", written, n_classes)?, t.seed, ce.terms(&self.dataset).to_vec());
         if !(t.lr >= 0.0 && t.lr.is_finite()) {
             return Err(usage!("teacher.lr = {}\n  hint: a positive learning rate, or 0 to take optim.lr", t.lr));
         }

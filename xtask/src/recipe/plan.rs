@@ -1,5 +1,6 @@
 //! The plan: what runs, resolved and checked, saved before step 1.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -9,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use segdistill_data::{Manifest, Split};
 use segdistill_train::Stage;
 
-use super::{Fills, Pinned, Read, Recipe, Start, whole};
+use super::{BASELINE, Fills, Pinned, Read, Recipe, Start, Variant, Variation, whole};
 use crate::cli::RecipeArgs;
 use crate::commands::need_split;
 use crate::exit::{UNAVAILABLE, USAGE, coded, usage};
@@ -103,35 +104,74 @@ impl Plan {
     /// Usage errors (exit code 2) for what is written wrong, 4 for a folder or file that is not there.
     pub(crate) fn resolve(args: &RecipeArgs) -> Result<Plan> {
         let Read { recipe, written } = Recipe::read(args)?;
+        let methods = recipe.methods(args.methods.as_ref().unwrap_or(&recipe.methods));
+        Self::of(recipe, &written, args, &methods)
+    }
+
+    /// The plan of a sweep: the baseline and every point of the grid around the objective `method`.
+    ///
+    /// # Errors
+    /// As [`Plan::resolve`], and for a grid that does not fit the objective.
+    pub(crate) fn resolve_sweep(
+        args: &RecipeArgs,
+        method: &str,
+        variations: &[Variation],
+    ) -> Result<(Plan, Vec<Variant>)> {
+        if args.methods.is_some() {
+            return Err(usage!("a sweep varies one method\n  hint: --method names it; take out --methods"));
+        }
+        let Read { mut recipe, mut written } = Recipe::read(args)?;
+        let variants = recipe.vary(method, variations)?;
+        // The objective itself is used by what was made of it.
+        let own = format!("objectives.{method}.");
+        written.retain(|key| !key.starts_with(&own));
+        let mut methods: Vec<String> = vec![BASELINE.to_string()];
+        methods.extend(variants.iter().map(|v| v.method.clone()));
+        Ok((Self::of(recipe, &written, args, &methods)?, variants))
+    }
+
+    fn of(recipe: Recipe, written: &[String], args: &RecipeArgs, methods: &[String]) -> Result<Plan> {
         let manifest = Manifest::named(&recipe.dataset).map_err(|e| coded(USAGE, e))?;
-        let data = data_plan(&recipe, &written, args)?;
+        let data = data_plan(&recipe, written, args)?;
         let n_classes = manifest.classes.n_classes();
         let seeds = args.seeds.clone().unwrap_or_else(|| recipe.seeds.clone());
-        let methods = args.methods.clone().unwrap_or_else(|| recipe.methods.clone());
         if seeds.is_empty() || methods.is_empty() {
             return Err(usage!("no seed or no method to run\n  hint: such as --seeds 0,1 --methods ce,csc+ce"));
         }
         let doubled_seed = first_double(&seeds).map(ToString::to_string);
-        for (what, doubled) in [("seed", doubled_seed), ("method", first_double(&methods).cloned())] {
+        for (what, doubled) in [("seed", doubled_seed), ("method", first_double(methods).cloned())] {
             if let Some(item) = doubled {
                 return Err(usage!("{what} {item} is given twice\n  hint: give each once"));
             }
         }
-        check_names(&recipe, &methods, &written)?;
-        let teacher = recipe.teacher_stage(&written, n_classes)?;
-        let student = recipe.student_model(&written, n_classes)?;
+        check_names(&recipe, methods, written)?;
+        let mut teacher = recipe.teacher_stage(written, n_classes)?;
+        let student = recipe.student_model(written, n_classes)?;
         let mut students = Vec::new();
-        for method in &methods {
+        for method in methods {
             let objective = recipe.objectives.get(method).ok_or_else(|| {
                 let known: Vec<&str> = recipe.objectives.keys().map(String::as_str).collect();
                 usage!(
-                    "unknown method `{method}`, known: {}\n  hint: a recipe may add [objectives.{method}]",
+                    "unknown method `{method}`, known: all, {}\n  hint: a recipe may add [objectives.{method}]",
                     known.join(", ")
                 )
             })?;
             for &seed in &seeds {
-                students.push(recipe.stage(method, student.clone(), seed, objective.terms.clone()));
+                students.push(recipe.stage(method, student.clone(), seed, objective.terms(&recipe.dataset).to_vec()));
             }
+        }
+        // A warm-up that a recipe of the program's own brings along fits its own length; a shorter run, asked for by its
+        // steps alone, warms up for a tenth of itself. A warm-up that somebody wrote stands, or is refused.
+        let given = written.iter().any(|key| key == "optim.warmup_steps");
+        let mut shortened = BTreeSet::new();
+        for stage in std::iter::once(&mut teacher).chain(&mut students) {
+            if !given && stage.optim.warmup_steps >= stage.steps {
+                shortened.insert((stage.steps, stage.optim.warmup_steps));
+                stage.optim.warmup_steps = stage.steps / 10;
+            }
+        }
+        for (steps, warmup) in shortened {
+            eprintln!("runs of {steps} steps warm up for {} of them, not for the recipe's {warmup}", steps / 10);
         }
         for stage in std::iter::once(&teacher).chain(&students) {
             stage.validate().map_err(|e| usage!("stage `{}`: {e}", stage.method))?;
@@ -255,6 +295,13 @@ impl Plan {
         Ok(joined)
     }
 
+    /// This plan without students that `saved` has not, in the order of `saved`: what a resumed run must find unchanged.
+    pub(crate) fn without_new(&self, saved: &Plan) -> Plan {
+        let same = |old: &&Stage| self.students.iter().find(|s| (&s.method, s.seed) == (&old.method, old.seed));
+        let students = saved.students.iter().filter_map(|old| same(&old).cloned()).collect();
+        Plan { students, ..self.clone() }
+    }
+
     /// The plan as TOML.
     pub(crate) fn to_toml(&self) -> Result<String> {
         toml::to_string(self).context("the plan cannot be written as TOML")
@@ -288,14 +335,18 @@ fn first_double<T: PartialEq>(items: &[T]) -> Option<&T> {
 /// Method names become folder names; an objective somebody wrote must be used.
 fn check_names(recipe: &Recipe, methods: &[String], written: &[String]) -> Result<()> {
     for method in methods {
-        let plain = !method.is_empty() && method.bytes().all(|b| b.is_ascii_alphanumeric() || b"+_-".contains(&b));
-        if !plain || ["teacher", "report"].contains(&method.as_str()) {
+        let plain = !method.is_empty() && method.bytes().all(|b| b.is_ascii_alphanumeric() || b"+_-.=".contains(&b));
+        let plain = plain && !method.starts_with('.');
+        if !plain || ["teacher", "report", "all"].contains(&method.as_str()) {
             return Err(usage!(
                 "method `{method}` cannot name a folder of the run\n  hint: use letters, digits, +, _ and -, and not `teacher` or `report`"
             ));
         }
     }
-    let of_objective = |k: &String| Some(k.strip_prefix("objectives.")?.strip_suffix(".terms")?.to_string());
+    let of_objective = |k: &String| {
+        let name = k.strip_prefix("objectives.")?.strip_suffix(".terms")?;
+        Some(name.split_once(".on.").map_or(name, |(name, _)| name).to_string())
+    };
     for name in written.iter().filter_map(of_objective) {
         if name != "ce" && !methods.contains(&name) {
             let known: Vec<&str> = recipe.objectives.keys().map(String::as_str).collect();
@@ -414,7 +465,7 @@ mod tests {
         assert_eq!(names(&plan.teacher), ["ce"]);
         for student in &plan.students {
             assert_eq!(student.model.full_name(), "pspnet-resnet18-deep");
-            assert_eq!(names(student).last(), Some(&"aux"));
+            assert_eq!(names(student).last(), Some(&"aux".to_string()));
         }
         for (set, said) in [
             (vec!["teacher.model=fcn9s-vgg16"], "unknown model `fcn9s`"),
@@ -424,6 +475,80 @@ mod tests {
         ] {
             let error = Plan::resolve(&args("toy", &set)).unwrap_err();
             assert_eq!(crate::exit::code_of(&error), 2);
+            assert!(format!("{error:#}").contains(said), "{error:#}");
+        }
+    }
+
+    #[test]
+    fn all_is_the_baseline_and_every_method_that_compares_with_a_teacher_once() {
+        let with = |recipe: &str, methods: &[&str]| {
+            let methods = Some(methods.iter().map(ToString::to_string).collect());
+            let data_root = (recipe != "toy").then(std::env::temp_dir);
+            Plan::resolve(&RecipeArgs { methods, data_root, ..args(recipe, &["seeds=[0]"]) }).unwrap()
+        };
+        let names = |plan: &Plan| plan.students.iter().map(|s| s.method.clone()).collect::<Vec<_>>();
+        let all = with("toy", &["all"]);
+        let expected = "ce,ace,af-dcd,at,cirkd,csc,csc+ace,cwd,cwd-features,dist,fitnet,ifvd,kd,mgd,skd";
+        assert_eq!(names(&all).join(","), expected);
+        assert!(all.students[1..].iter().all(segdistill_train::Stage::needs_teacher));
+        let first = &all.students[0];
+        for s in &all.students {
+            assert_eq!((&s.model, s.seed, s.steps, &s.input), (&first.model, first.seed, first.steps, &first.input));
+        }
+        // Every loss has a method that uses it, but for those that only stand for labels in other ways.
+        let used: std::collections::BTreeSet<&str> =
+            all.students.iter().flat_map(|s| s.terms.iter().map(|t| t.loss.loss())).collect();
+        let unused: Vec<&str> =
+            segdistill_train::TermKind::NAMES.into_iter().filter(|name| !used.contains(name)).collect();
+        assert_eq!(unused, ["aux", "ohem", "dice", "lovasz", "bce"]);
+        for method in ["ohem", "dice+ce", "lovasz+ce", "csc+ce"] {
+            assert_eq!(names(&with("toy", &[method])), [method]);
+        }
+        // Weights are those of the data set where its source has others.
+        let weight = |recipe: &str| with(recipe, &["af-dcd"]).students[0].terms[0].weight;
+        assert_eq!((weight("toy"), weight("camvid")), (2e-6, 8e-6));
+    }
+
+    #[test]
+    fn a_resumed_run_may_gain_methods_and_seeds_and_nothing_else() {
+        let plan = |methods: &[&str], set: &[&str]| {
+            let methods = Some(methods.iter().map(ToString::to_string).collect());
+            Plan::resolve(&RecipeArgs { methods, ..args("toy", set) }).unwrap()
+        };
+        let saved = plan(&["ce", "kd"], &["seeds=[0]"]);
+        assert_eq!(plan(&["ce", "cwd", "kd"], &["seeds=[1, 0]"]).without_new(&saved), saved);
+        assert_ne!(plan(&["ce", "kd"], &["seeds=[0]", "train.steps=77"]).without_new(&saved), saved);
+        assert_ne!(plan(&["ce"], &["seeds=[0]"]).without_new(&saved), saved, "nothing may be taken away");
+    }
+
+    #[test]
+    fn a_sweep_is_a_grid_around_one_method_beside_the_baseline() {
+        let sweep = |method: &str, vary: &[&str], set: &[&str]| {
+            let vary: Vec<Variation> = vary.iter().map(|v| v.parse().unwrap()).collect();
+            Plan::resolve_sweep(&args("toy", set), method, &vary)
+        };
+        let (plan, variants) = sweep("kd", &["kd.weight=0.1,1", "kd.temperature=1,4"], &["seeds=[0, 1]"]).unwrap();
+        let names: Vec<&str> = variants.iter().map(|v| v.method.as_str()).collect();
+        assert_eq!(names[1], "kd_kd.weight=0.1_kd.temperature=4");
+        assert_eq!((variants.len(), plan.students.len()), (4, 2 * (1 + 4)));
+        let term = &plan.students[2 * 2].terms[0];
+        assert_eq!((plan.students[2 * 2].method.as_str(), term.weight), (names[1], 0.1));
+        assert_eq!(
+            term.loss,
+            segdistill_train::TermKind::Kd { temperature: 4.0, normaliser: segdistill_train::KdNormaliser::MeanPixel }
+        );
+        let own = [r#"objectives.mine.terms=[{ loss = "csc", weight = 1.0 }, { loss = "ce", weight = 1.0 }]"#];
+        assert_eq!(sweep("mine", &["csc.weight=1,2"], &own).unwrap().1.len(), 2);
+        for (method, vary, said) in [
+            ("kdd", "kd.weight=1", "unknown method `kdd`"),
+            ("kd", "csc.weight=1", "method `kd` has no term `csc`, its terms: kd, ce"),
+            ("kd", "kd.temprature=1", "temprature"),
+            ("kd", "kd.temperature=hot", "hot"),
+            ("kd", "kd.temperature=0", "temperature = 0"),
+            ("kd", "kd.loss=csc", "not a setting"),
+        ] {
+            let error = sweep(method, &[vary], &[]).unwrap_err();
+            assert_eq!(crate::exit::code_of(&error), 2, "{vary}");
             assert!(format!("{error:#}").contains(said), "{error:#}");
         }
     }
@@ -447,6 +572,19 @@ mod tests {
         let plan = Plan::resolve(&quoted).unwrap();
         let weight = |m: &str| plan.students.iter().find(|s| s.method == m).unwrap().terms[0].weight;
         assert_eq!((weight("csc+ce"), weight("ce")), (2.0, 1.0));
+    }
+
+    #[test]
+    fn a_short_run_warms_up_for_a_tenth_of_itself_unless_told_otherwise() {
+        let warmups = |set: &[&str]| {
+            let plan = Plan::resolve(&args("toy", set))?;
+            Ok::<_, anyhow::Error>((plan.teacher.optim.warmup_steps, plan.students[0].optim.warmup_steps))
+        };
+        assert_eq!(warmups(&["train.steps=20"]).unwrap(), (30, 2));
+        assert_eq!(warmups(&["train.steps=20", "teacher.steps=5"]).unwrap(), (0, 2));
+        assert_eq!(warmups(&["train.steps=31"]).unwrap(), (30, 30));
+        let refused = warmups(&["train.steps=20", "optim.warmup_steps=30"]).unwrap_err();
+        assert!(format!("{refused:#}").contains("optim.warmup_steps = 30 of 20 steps"), "{refused:#}");
     }
 
     #[test]

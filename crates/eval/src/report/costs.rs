@@ -8,6 +8,9 @@ use super::Report;
 use super::format::{duration, escape};
 use super::models::{in_run, model_name, shown_run};
 
+/// Name of the stage that trains, in timings.
+pub(super) const TRAIN: &str = "train";
+
 /// Time of each kind of stage over its seeds.
 pub(super) struct Cost {
     pub(super) run: String,

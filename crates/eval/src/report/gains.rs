@@ -4,6 +4,7 @@ use crate::stats::{MeanSd, pooled_sd};
 use crate::table::ResultRow;
 
 use super::Report;
+use super::costs::{TRAIN, cost_rows};
 use super::format::{join, percent, percent_mean_sd, plural, points};
 use super::models::{Model, absent, models, shown_run, splits};
 
@@ -53,6 +54,10 @@ pub struct Gain {
     pub gain: f64,
     /// Share of the distance from baseline to teacher that was closed; `None` without a teacher above the baseline.
     pub gap_share: Option<f64>,
+    /// Share of pixels to which the method's student gives the teacher's class, where that was counted.
+    pub agreement: Option<MeanSd>,
+    /// Time of a training step over that of the baseline, where both were timed.
+    pub step_cost: Option<f64>,
     /// Standard deviation between seeds, pooled over both; `None` when neither has two seeds.
     pub pooled_sd: Option<f64>,
     /// Seeds on which the method is above the baseline, and seeds that both have.
@@ -64,6 +69,7 @@ pub struct Gain {
 /// Every method against the baseline of its run, for each split on which both were evaluated.
 pub fn gains(report: &Report) -> Vec<Gain> {
     let models = models(report);
+    let costs = cost_rows(report);
     let mut gains = Vec::new();
     for model in models.iter().filter(|m| m.role != "teacher" && m.method != report.baseline) {
         let same = |m: &&Model| m.is(&model.run, &model.role, &report.baseline, &model.encoder);
@@ -86,6 +92,14 @@ pub fn gains(report: &Report) -> Vec<Gain> {
                 teacher,
                 gain,
                 gap_share: teacher.map(|t| t - b.miou.mean).filter(|gap| *gap > 0.0).map(|gap| gain / gap),
+                agreement: d.agreement,
+                step_cost: costs
+                    .iter()
+                    .find(|c| {
+                        (&c.run, &c.role, &c.method, c.stage.as_str())
+                            == (&model.run, &model.role, &model.method, TRAIN)
+                    })
+                    .and_then(|c| c.relative),
                 pooled_sd: pooled,
                 seeds_better: seeds_better(report, model, baseline, &split),
                 verdict: match pooled {

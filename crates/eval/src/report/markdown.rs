@@ -133,6 +133,8 @@ fn gained(out: &mut String, report: &Report) {
         "Pooled deviation",
         "Seeds better",
         "Gap to teacher closed",
+        "Agreement with teacher",
+        "Cost a step",
         "Verdict",
     ];
     let rows: Vec<Vec<String>> = gains
@@ -147,6 +149,8 @@ fn gained(out: &mut String, report: &Report) {
                 gain.pooled_sd.map_or("unknown".to_string(), percent),
                 format!("{} of {}", gain.seeds_better[0], gain.seeds_better[1]),
                 gain.gap_share.map_or("–".to_string(), |share| format!("{:.0} %", 100.0 * share)),
+                gain.agreement.map_or("–".to_string(), percent_mean_sd),
+                gain.step_cost.map_or("–".to_string(), |cost| format!("{cost:.2} ×")),
                 gain.verdict.text().to_string(),
             ]
         })

@@ -141,7 +141,7 @@ pub(super) fn gains_table(report: &Report) -> String {
     let mut out = format!(
         "<section>\n<h2>What distillation gained over {baseline} alone</h2>\n<div class=\"scroll\"><table \
          class=\"pin\"><thead><tr><th class=\"l\">Method</th><th class=\"l\">Split</th><th>{baseline}</th><th>Distilled</th>\
-         <th>Gain</th><th>Pooled<br>deviation</th><th>Seeds<br>better</th><th>Teacher gap<br>closed</th><th \
+         <th>Gain</th><th>Pooled<br>deviation</th><th>Seeds<br>better</th><th>Teacher gap<br>closed</th><th>Agreement<br>with teacher</th><th>Cost<br>a step</th><th \
          class=\"l\">Verdict</th></tr></thead><tbody>\n"
     );
     for gain in &gains {
@@ -155,7 +155,7 @@ pub(super) fn gains_table(report: &Report) -> String {
         let _ = writeln!(
             out,
             "<tr><th scope=\"row\">{}{encoder}</th><td class=\"l\">{}</td><td>{}</td><td>{}</td><td class=\"best\">{}</td>\
-             <td>{}</td><td>{} of {}</td><td>{}</td><td class=\"l {tone}\">{}</td></tr>",
+             <td>{}</td><td>{} of {}</td><td>{}</td><td>{}</td><td>{}</td><td class=\"l {tone}\">{}</td></tr>",
             escape(&in_run(shown_run(report, &gain.run), gain.method.to_uppercase())),
             escape(&gain.split),
             percent_mean_sd(gain.baseline),
@@ -165,13 +165,16 @@ pub(super) fn gains_table(report: &Report) -> String {
             gain.seeds_better[0],
             gain.seeds_better[1],
             gain.gap_share.map_or("–".to_string(), |share| format!("{:.0} %", 100.0 * share)),
+            gain.agreement.map_or("–".to_string(), percent_mean_sd),
+            gain.step_cost.map_or("–".to_string(), |cost| format!("{cost:.2} ×")),
             gain.verdict.text()
         );
     }
     out.push_str(
         "</tbody></table></div>\n<p class=\"muted small\">mIoU in percent, differences in points. The pooled deviation \
          is the sample standard deviation over seeds, pooled over both models; a gain counts as more than noise when it \
-         is larger. With few seeds this is an indication, not a test.</p>\n</section>\n",
+         is larger. With few seeds this is an indication, not a test. Agreement: share of pixels, in percent, to which the \
+         student gives the teacher's class, right or wrong. Cost: time of a training step over the baseline's.</p>\n</section>\n",
     );
     out
 }

@@ -39,6 +39,10 @@ pub struct ResultRow {
     pub params: Option<u64>,
     /// Multiply-accumulates of one image; `None` for predictions of unknown origin.
     pub macs: Option<u64>,
+    /// Share of valid pixels to which the student gives the teacher's class, right or wrong; `None` where they were not
+    /// compared.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub agreement: Option<f64>,
     /// Name of the run among those compared; empty where there is only one.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub run: String,
@@ -69,6 +73,7 @@ impl ResultRow {
             n_images,
             params: None,
             macs: None,
+            agreement: None,
             run: String::new(),
         }
     }
@@ -195,11 +200,12 @@ pub(crate) fn frame<R>(rows: &[R], mut columns: Vec<Column>, run: impl Fn(&R) ->
 }
 
 const RUN: &str = "run";
+const AGREEMENT: &str = "agreement";
 
 /// The frame of `results.csv`: method, role, encoder, split, seed, miou, pixel_accuracy, mean_accuracy, fw_iou,
-/// n_classes_present, n_images, params, macs, and run where a row names one.
+/// n_classes_present, n_images, params, macs, agreement where a row has one, and run where a row names one.
 pub fn results_frame(rows: &[ResultRow]) -> Result<DataFrame> {
-    let columns = vec![
+    let mut columns = vec![
         texts(rows, "method", |r| &r.method),
         texts(rows, "role", |r| &r.role),
         texts(rows, "encoder", |r| &r.encoder),
@@ -214,6 +220,9 @@ pub fn results_frame(rows: &[ResultRow]) -> Result<DataFrame> {
         counts_or_null(rows, "params", |r| r.params),
         counts_or_null(rows, "macs", |r| r.macs),
     ];
+    if rows.iter().any(|r| r.agreement.is_some()) {
+        columns.push(numbers(rows, AGREEMENT, |r| r.agreement));
+    }
     frame(rows, columns, |r| &r.run)
 }
 
@@ -232,6 +241,10 @@ pub fn results_from_frame(frame: &DataFrame) -> Result<Vec<ResultRow>> {
     let (mean, fw) = (read.numbers("mean_accuracy")?, read.numbers("fw_iou")?);
     let (present, images) = (read.counts("n_classes_present")?, read.counts("n_images")?);
     let (params, macs, run) = (read.counts_or_null("params")?, read.counts_or_null("macs")?, read.runs()?);
+    let agreement = match frame.column(AGREEMENT) {
+        Ok(_) => read.numbers(AGREEMENT)?,
+        Err(_) => vec![None; frame.height()],
+    };
     Ok((0..frame.height())
         .map(|i| ResultRow {
             method: method[i].clone(),
@@ -247,6 +260,7 @@ pub fn results_from_frame(frame: &DataFrame) -> Result<Vec<ResultRow>> {
             n_images: images[i] as usize,
             params: params[i],
             macs: macs[i],
+            agreement: agreement[i],
             run: run[i].clone(),
         })
         .collect())

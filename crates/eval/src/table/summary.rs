@@ -36,6 +36,9 @@ pub struct SummaryRow {
     pub params: Option<u64>,
     /// Multiply-accumulates of one image, of the first row.
     pub macs: Option<u64>,
+    /// Agreement with the teacher, of the rows that have it.
+    #[serde(default)]
+    pub agreement: Option<MeanSd>,
     /// As [`ResultRow::run`].
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub run: String,
@@ -79,6 +82,7 @@ pub fn summarize(rows: &[ResultRow]) -> Vec<SummaryRow> {
                 n_images: group.iter().map(|r| r.n_images).max().unwrap_or(0),
                 params: group[0].params,
                 macs: group[0].macs,
+                agreement: Some(MeanSd::of(group.iter().filter_map(|r| r.agreement))).filter(|m| m.n > 0),
                 run: group[0].run.clone(),
             }
         })

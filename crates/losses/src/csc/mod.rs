@@ -6,8 +6,8 @@
 use candle_core::{DType, Device, Tensor};
 use segdistill_ops::graph;
 
-use crate::error::{LossError, Result};
-use crate::mask::{logits_dims, read_valid};
+use crate::error::Result;
+use crate::mask::{pair_dims, read_valid};
 
 mod direct;
 mod letter;
@@ -84,25 +84,8 @@ pub fn csc(
     valid_nhw: &Tensor,
     cfg: &Csc,
 ) -> Result<Tensor> {
-    let dims = logits_dims(LOSS, "student_logits_nchw", student_logits_nchw)?;
-    if teacher_logits_nchw.dims() != dims {
-        return Err(LossError::shape(
-            LOSS,
-            format!("teacher_logits_nchw {:?}", teacher_logits_nchw.dims()),
-            format!("{dims:?}, the shape of the student's"),
-            "bring both networks to one grid and one class list before the loss, it resizes nothing",
-        ));
-    }
-    if teacher_logits_nchw.dtype() != student_logits_nchw.dtype() {
-        return Err(LossError::DType {
-            loss: LOSS,
-            tensor: "teacher_logits_nchw",
-            found: teacher_logits_nchw.dtype(),
-            expected: "the student's type",
-            hint: "cast the teacher's logits with `to_dtype`",
-        });
-    }
-    let [n, c, h, w] = dims;
+    let names = ["student_logits_nchw", "teacher_logits_nchw"];
+    let [n, c, h, w] = pair_dims(LOSS, names, student_logits_nchw, teacher_logits_nchw)?;
     let valid = read_valid(LOSS, valid_nhw, [n, h, w])?;
     let scales = valid.chunks(h * w).map(|image| scale(image, n)).collect();
     let teacher = teacher_logits_nchw.detach().to_device(&Device::Cpu)?.contiguous()?;

@@ -42,7 +42,7 @@ pub(crate) fn stage(terms: &[(TermKind, f64)]) -> Stage {
             warmup_steps: 2,
             clip_norm: 0.0,
         },
-        terms: terms.iter().map(|&(loss, weight)| term(loss, weight)).collect(),
+        terms: terms.iter().map(|(loss, weight)| term(loss.clone(), *weight)).collect(),
         input: InputConfig { size: HW, crop: HW, scale: [0.75, 1.5], flip: 0.5, jitter: 0.2, workers: 2 },
         class_weighting: ClassWeighting::SqrtMedianFrequency,
         eval_every: 3,

@@ -11,7 +11,7 @@ use segdistill_eval::{Scores, Summary};
 
 use crate::cli::Eval;
 use crate::exit::{UNAVAILABLE, coded, usage};
-use crate::pipeline::evaluate_into;
+use crate::pipeline::{Evaluating, evaluate_into};
 use crate::recipe::{DataPlan, Plan};
 use crate::report_page;
 use crate::run_folder::read_final;
@@ -50,7 +50,8 @@ fn of_model(args: &Eval, model: &Path) -> Result<Summary> {
         ));
     }
     let place = args.out.as_deref();
-    let summary = evaluate_into(&network, dataset.as_ref(), &device, place, &format!("eval {split}"), &[], &|| Ok(()))?;
+    let how = Evaluating { place, label: &format!("eval {split}"), ..Evaluating::default() };
+    let summary = evaluate_into(&network, dataset.as_ref(), &device, &how, &|| Ok(()))?;
     if let Some(out) = place {
         let page = report_page::write_single(&summary, out, &network.config.palette)?;
         eprintln!("report: {}", page.display());

@@ -13,7 +13,7 @@ use crate::cli::DeviceArgs;
 use crate::commands::eval::data_of;
 use crate::commands::{data_root, device, device_name, need_labelled_split};
 use crate::exit::{OUT_OF_BAND, USAGE, coded, usage};
-use crate::pipeline::evaluate_into;
+use crate::pipeline::{Evaluating, evaluate_into};
 use crate::recipe::DataPlan;
 use crate::run_folder::read_final;
 
@@ -87,7 +87,8 @@ pub(crate) fn run(args: &Verify) -> Result<()> {
         ));
     }
     let label = format!("verify {split}");
-    let summary = evaluate_into(&model, dataset.as_ref(), &device, None, &label, &[], &|| Ok(()))?;
+    let how = Evaluating { label: &label, ..Evaluating::default() };
+    let summary = evaluate_into(&model, dataset.as_ref(), &device, &how, &|| Ok(()))?;
     let miou = summary.scores.miou;
     let difference = miou - stated;
     let within = difference.abs() <= args.tolerance;

@@ -1,0 +1,144 @@
+//! The discriminator beside the student: what it tells the student, and how it learns.
+//!
+//! Its structure and its penalty are `models`', the two sides' losses are `losses`'.
+
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Tensor};
+
+use segdistill_losses::{hinge_critic, hinge_student, wgan_critic, wgan_student};
+use segdistill_models::{Discriminator, DiscriminatorSpec};
+use segdistill_ops::{Mode, ParamStore, concat_channels, graph, masked, resize_bilinear};
+
+use crate::config::OptimConfig;
+use crate::error::{Result, TrainError};
+use crate::objective::Setting;
+use crate::optim::Sgd;
+use crate::schedule::PolySchedule;
+use crate::step::Pair;
+use crate::terms::CriticForm;
+
+/// Settings of a discriminator's training.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct CriticConfig {
+    pub(crate) form: CriticForm,
+    /// Whether it sees the image besides the logits.
+    pub(crate) condition: bool,
+    /// Weight of its loss.
+    pub(crate) weight: f64,
+    /// Weight of the gradient penalty within it.
+    pub(crate) penalty: f64,
+    pub(crate) lr: f64,
+    pub(crate) width: f64,
+}
+
+/// A discriminator and its optimizer.
+///
+/// Each step it first judges the student's maps ([`Critic::judge`]); after the student's own step it learns from the same
+/// maps ([`Critic::step`]), once.
+pub(crate) struct Critic {
+    cfg: CriticConfig,
+    store: ParamStore,
+    network: Discriminator,
+    sgd: Sgd,
+    schedule: PolySchedule,
+    seed: u64,
+    /// What it was last shown: the student's and the teacher's maps, void set to 0, with the image where it is seen.
+    shown: Option<[Tensor; 2]>,
+}
+
+/// Prefix of the momentum buffers among the tensors of the checkpoint.
+const MOMENTUM: &str = "momentum.";
+
+impl Critic {
+    /// A discriminator of `n_classes` logits, drawn from the seed.
+    pub(crate) fn new(cfg: CriticConfig, n_classes: usize, setting: &Setting<'_>) -> Result<Self> {
+        let store = ParamStore::trainable(setting.seed, DType::F32, setting.device);
+        let spec = DiscriminatorSpec { n_classes, condition: cfg.condition, width: cfg.width };
+        let network = Discriminator::new(&store.root().pp("discriminator"), &spec)?;
+        let optim = OptimConfig {
+            lr: cfg.lr,
+            nesterov: false,
+            weight_decay: 0.0,
+            warmup_steps: 0,
+            clip_norm: 0.0,
+            ..setting.optim.clone()
+        };
+        let schedule = PolySchedule::new(&optim, setting.steps);
+        let sgd = Sgd::new(&store, optim)?;
+        Ok(Self { cfg, store, network, sgd, schedule, seed: setting.seed, shown: None })
+    }
+
+    /// What the discriminator reads: a network's logits, 0 where no label counts, and the image on their grid.
+    fn input(&self, logits_nchw: &Tensor, pair: &Pair, images_nchw: &Tensor) -> Result<Tensor> {
+        let logits = masked(logits_nchw, &pair.valid_nhw)?;
+        if !self.cfg.condition {
+            return Ok(logits);
+        }
+        let (_, _, h, w) = logits.dims4()?;
+        let images = resize_bilinear(images_nchw, [h, w], false)?.to_dtype(logits.dtype())?;
+        Ok(concat_channels(&[&logits, &images])?)
+    }
+
+    /// The student's side of the game: a scalar whose gradient reaches the student's logits alone.
+    pub(crate) fn judge(&mut self, pair: &Pair, images_nchw: &Tensor, step: u64) -> Result<Tensor> {
+        let mode = Mode::Train { seed: self.seed, step };
+        let student = self.input(&pair.student_nchw.detach(), pair, images_nchw)?;
+        let teacher = self.input(&pair.teacher_nchw, pair, images_nchw)?;
+        self.shown = Some([student, teacher]);
+        graph::scalar(&pair.student_nchw, |logits| -> Result<Tensor> {
+            let scores = self.network.forward(&self.input(logits, pair, images_nchw)?, mode)?;
+            Ok(match self.cfg.form {
+                CriticForm::WganGp => wgan_student(&scores)?,
+                CriticForm::Hinge => hinge_student(&scores)?,
+            })
+        })
+    }
+
+    /// One step of the discriminator on what it was last shown; its loss, or nothing when it was shown nothing.
+    pub(crate) fn step(&mut self, step: u64) -> Result<Option<f64>> {
+        let Some([student, teacher]) = self.shown.take() else { return Ok(None) };
+        let mode = Mode::Train { seed: self.seed, step };
+        let scores = [self.network.forward(&student, mode)?, self.network.forward(&teacher, mode)?];
+        let mut loss = match self.cfg.form {
+            CriticForm::WganGp => wgan_critic(&scores[0], &scores[1])?,
+            CriticForm::Hinge => hinge_critic(&scores[0], &scores[1])?,
+        };
+        if self.cfg.form == CriticForm::WganGp && self.cfg.penalty > 0.0 {
+            let penalty = self.network.gradient_penalty(&student, &teacher, self.seed, step)?;
+            loss = (loss + (penalty * self.cfg.penalty)?)?;
+        }
+        let loss = (loss * self.cfg.weight)?;
+        let value = loss.to_dtype(DType::F64)?.to_scalar::<f64>()?;
+        if !value.is_finite() {
+            return Err(TrainError::NonFiniteLoss {
+                term: "holistic, the discriminator's own".into(),
+                value,
+                step,
+                samples: Vec::new(),
+            });
+        }
+        let gradients = self.sgd.gradients(&graph::backward(loss)?)?;
+        self.sgd.step(&gradients, self.schedule.at(step), 1.0)?;
+        Ok(Some(value))
+    }
+
+    /// Weights, buffers and momentum, for the checkpoint.
+    pub(crate) fn state(&self) -> BTreeMap<String, Tensor> {
+        let momentum = self.sgd.state().iter().map(|(name, tensor)| (format!("{MOMENTUM}{name}"), tensor.clone()));
+        self.store.tensors().into_iter().chain(momentum).collect()
+    }
+
+    /// Takes the state of a checkpoint.
+    pub(crate) fn load_state(&mut self, state: &BTreeMap<String, Tensor>) -> Result<()> {
+        let (mut weights, mut momentum) = (BTreeMap::new(), BTreeMap::new());
+        for (name, tensor) in state {
+            match name.strip_prefix(MOMENTUM) {
+                Some(name) => momentum.insert(name.to_string(), tensor.clone()),
+                None => weights.insert(name.clone(), tensor.clone()),
+            };
+        }
+        self.store.load(&weights)?;
+        self.sgd.load_state(momentum)
+    }
+}
