@@ -64,6 +64,9 @@ struct Block {
 // SAFETY: a kept block belongs to nobody else; whoever holds the lock may hand it to any thread.
 unsafe impl Send for Block {}
 
+/// Most blocks kept: their list then never asks for a large block itself, which would wait for the lock it is under.
+const MOST_KEPT: usize = 4096;
+
 /// What a large request is rounded up to, so that it has a block of its own kind; `None` for requests that are passed on.
 fn block_layout(layout: Layout) -> Option<Layout> {
     if layout.size() < LARGE || layout.align() > ALIGN {
@@ -103,10 +106,36 @@ impl<A: GlobalAlloc> Recycling<A> {
         }
         // SAFETY: the layout has a size of 1 MiB at least.
         let start = unsafe { pages::alloc(&self.inner, block, zeroed) };
-        if start.is_null() {
-            self.with_blocks(|blocks| blocks.used_bytes -= block.size());
+        if !start.is_null() {
+            self.with_blocks(Blocks::settle);
+            return (start, zeroed);
         }
+        self.release();
+        // SAFETY: as above.
+        let start = unsafe { pages::alloc(&self.inner, block, zeroed) };
+        self.with_blocks(|blocks| match start.is_null() {
+            true => blocks.used_bytes -= block.size(),
+            false => blocks.settle(),
+        });
         (start, zeroed)
+    }
+
+    /// Gives every kept block back, when memory has run out.
+    fn release(&self) {
+        while let Some(old) = self.with_blocks(Blocks::oldest) {
+            // SAFETY: `inner` or the kernel gave the block for this layout, and nobody holds it any more.
+            unsafe { pages::dealloc(&self.inner, old.start, Layout::from_size_align_unchecked(old.len, ALIGN)) };
+        }
+    }
+
+    /// A small request, asked once more when memory has run out while blocks were kept.
+    fn small(&self, ask: impl Fn(&A) -> *mut u8) -> *mut u8 {
+        let start = ask(&self.inner);
+        if !start.is_null() {
+            return start;
+        }
+        self.release();
+        ask(&self.inner)
     }
 }
 
@@ -161,20 +190,34 @@ mod pages {
 }
 
 impl Blocks {
-    /// A kept block of exactly this size, the one freed last; without one the size is counted as used.
+    /// A kept block of exactly this size, the one freed last; without one the size is counted as used, and is settled or
+    /// taken back once it is known whether there is memory for it.
     fn reuse(&mut self, len: usize) -> Option<*mut u8> {
         let found = self.kept.iter().rposition(|block| block.len == len).map(|at| self.kept.remove(at));
         self.used_bytes += len;
         if found.is_some() {
             self.kept_bytes -= len;
+            self.settle();
         }
-        self.most_used_bytes = self.most_used_bytes.max(self.used_bytes);
         found.map(|block| block.start)
+    }
+
+    /// What is used is there: it may be kept later. A request that failed must not raise the ceiling.
+    fn settle(&mut self) {
+        self.most_used_bytes = self.most_used_bytes.max(self.used_bytes);
     }
 
     /// A block that may not be kept any longer.
     fn surplus(&mut self) -> Option<Block> {
-        if self.used_bytes + self.kept_bytes <= self.most_used_bytes || self.kept.is_empty() {
+        match self.used_bytes + self.kept_bytes <= self.most_used_bytes.max(self.used_bytes) {
+            true => None,
+            false => self.oldest(),
+        }
+    }
+
+    /// The block kept longest.
+    fn oldest(&mut self) -> Option<Block> {
+        if self.kept.is_empty() {
             return None;
         }
         let oldest = self.kept.remove(0);
@@ -182,11 +225,13 @@ impl Blocks {
         Some(oldest)
     }
 
-    /// Keeps a block whose user is done with it.
-    fn keep(&mut self, block: Block) {
+    /// Keeps a block whose user is done with it; gives back the one kept longest where there are too many.
+    fn keep(&mut self, block: Block) -> Option<Block> {
         self.used_bytes -= block.len;
+        let too_many = if self.kept.len() < MOST_KEPT { None } else { self.oldest() };
         self.kept_bytes += block.len;
         self.kept.push(block);
+        too_many
     }
 }
 
@@ -199,7 +244,7 @@ unsafe impl<A: GlobalAlloc> GlobalAlloc for Recycling<A> {
         unsafe {
             match block_layout(layout) {
                 Some(block) => self.take(block, false).0,
-                None => self.inner.alloc(layout),
+                None => self.small(|inner| inner.alloc(layout)),
             }
         }
     }
@@ -207,7 +252,7 @@ unsafe impl<A: GlobalAlloc> GlobalAlloc for Recycling<A> {
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
         // SAFETY: as `alloc`; a kept block has at least the bytes asked for.
         unsafe {
-            let Some(block) = block_layout(layout) else { return self.inner.alloc_zeroed(layout) };
+            let Some(block) = block_layout(layout) else { return self.small(|inner| inner.alloc_zeroed(layout)) };
             let (start, is_zero) = self.take(block, true);
             if !start.is_null() && !is_zero {
                 start.write_bytes(0, layout.size());
@@ -218,7 +263,15 @@ unsafe impl<A: GlobalAlloc> GlobalAlloc for Recycling<A> {
 
     unsafe fn dealloc(&self, start: *mut u8, layout: Layout) {
         match block_layout(layout) {
-            Some(block) => self.with_blocks(|blocks| blocks.keep(Block { start, len: block.size() })),
+            Some(block) => {
+                let too_many = self.with_blocks(|blocks| blocks.keep(Block { start, len: block.size() }));
+                if let Some(old) = too_many {
+                    // SAFETY: as in `release`.
+                    unsafe {
+                        pages::dealloc(&self.inner, old.start, Layout::from_size_align_unchecked(old.len, ALIGN));
+                    }
+                }
+            }
             // SAFETY: it came from `inner` for this very layout.
             None => unsafe { self.inner.dealloc(start, layout) },
         }
@@ -229,7 +282,7 @@ unsafe impl<A: GlobalAlloc> GlobalAlloc for Recycling<A> {
         unsafe {
             let new = Layout::from_size_align_unchecked(new_size, layout.align());
             match (block_layout(layout), block_layout(new)) {
-                (None, None) => self.inner.realloc(start, layout, new_size),
+                (None, None) => self.small(|inner| inner.realloc(start, layout, new_size)),
                 (Some(old), Some(new)) if old.size() == new.size() => start,
                 _ => {
                     let moved = self.alloc(new);
@@ -344,5 +397,36 @@ mod tests {
             let block = of(size, 4).unwrap();
             assert!(block.size() >= size && (block.size() - size) * 64 <= size && block.align() == ALIGN);
         }
+    }
+
+    #[test]
+    fn a_request_that_cannot_be_met_does_not_raise_the_ceiling() {
+        let heap = Recycling::new(System);
+        let impossible = Layout::from_size_align(1 << 46, 4).unwrap();
+        for round in 0..2 {
+            for mib in 20..40 {
+                // SAFETY: each block is freed with its layout, once.
+                unsafe { heap.dealloc(heap.alloc(layout(mib)), layout(mib)) };
+            }
+            let (kept, most) = heap.with_blocks(|blocks| (blocks.kept_bytes, blocks.most_used_bytes));
+            assert!(kept <= most && most < 41 << 20, "round {round}: {kept} kept of {most}");
+            // SAFETY: nothing is used where nothing was given.
+            assert!(unsafe { heap.alloc(impossible) }.is_null());
+            assert_eq!(heap.with_blocks(|blocks| blocks.used_bytes), 0);
+        }
+    }
+
+    #[test]
+    fn the_list_of_kept_blocks_is_bounded() {
+        let heap = Recycling::new(System);
+        let n = MOST_KEPT + 100;
+        // SAFETY: each block is freed with its layout, once; none is written to.
+        unsafe {
+            let starts: Vec<*mut u8> = (0..n).map(|_| heap.alloc(layout(1))).collect();
+            starts.into_iter().for_each(|start| heap.dealloc(start, layout(1)));
+        }
+        assert_eq!(heap.with_blocks(|blocks| blocks.kept.len()), MOST_KEPT);
+        heap.release();
+        assert_eq!(heap.with_blocks(|blocks| (blocks.kept.len(), blocks.kept_bytes)), (0, 0));
     }
 }
