@@ -557,3 +557,41 @@ fn output_size_is_pytorchs() {
     assert_eq!(size(5, 3, 0, 1, 1), None);
     assert_eq!(size(5, usize::MAX, 1, 1, 2), None);
 }
+
+/// A stride beyond the map takes no step, whatever its size.
+#[test]
+fn a_stride_far_beyond_the_map_is_a_stride_of_its_size() {
+    let (x, w) = (random_f64(1, "x", &[1, 2, 8, 8]), random_f64(2, "w", &[2, 1, 3, 3]));
+    let run = |stride: usize| {
+        let (x, w) = (Var::from_tensor(&x).unwrap(), Var::from_tensor(&w).unwrap());
+        let cfg = Conv2dConfig { stride: [stride; 2], groups: 2, ..Conv2dConfig::default() };
+        let y = conv2d(x.as_tensor(), w.as_tensor(), None, cfg).unwrap();
+        assert_eq!(y.dims(), [1, 2, 1, 1]);
+        let grads = y.sum_all().unwrap().backward().unwrap();
+        let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f64>().unwrap();
+        [values(&y), values(grads.get(&x).unwrap()), values(grads.get(&w).unwrap())]
+    };
+    assert_eq!(run(10_000_000), run(8));
+}
+
+/// Threads of one pool that run the same network's first pass at once must not wait for one another's packing.
+#[test]
+fn the_first_passes_of_one_convolution_may_come_from_a_shared_pool() {
+    let weight = random_f64(2, "w", &[128, 128, 3, 3]).to_dtype(DType::F32).unwrap();
+    let x = random_f64(1, "x", &[1, 128, 4, 4]).to_dtype(DType::F32).unwrap();
+    let (done, waits) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
+        for stride in [1, 2].repeat(20) {
+            let cfg = Conv2dConfig { stride: [stride; 2], padding: [1, 1], ..Conv2dConfig::default() };
+            let conv = FusedConv2d::new(weight.clone(), None, cfg);
+            std::thread::scope(|scope| {
+                for _ in 0..4 {
+                    scope.spawn(|| pool.install(|| conv.forward(&x, None, true).unwrap()));
+                }
+            });
+        }
+        done.send(()).unwrap();
+    });
+    waits.recv_timeout(std::time::Duration::from_secs(120)).expect("the passes end");
+}

@@ -5,6 +5,8 @@
 use std::ops::Range;
 
 use candle_core::DType;
+use std::sync::OnceLock;
+
 use rayon::prelude::*;
 
 use super::geometry::Geometry;
@@ -109,6 +111,20 @@ fn matrix_forward<T: Kernels>(g: &Geometry, x: &[T], weight: &[T], epilogue: Epi
     out
 }
 
+/// What is kept, packed at the first call.
+///
+/// Packing runs on the pool, and a thread that waits there may take up another pass over the same weights: under the
+/// cell's lock it would then wait for itself. Outside of it, two passes at once pack the same bits twice.
+fn packed_once<V>(kept: &OnceLock<V>, pack: impl FnOnce() -> V) -> &V {
+    match kept.get() {
+        Some(there) => there,
+        None => {
+            let packed = pack();
+            kept.get_or_init(|| packed)
+        }
+    }
+}
+
 /// `[n, c_out, oh, ow]`.
 pub(super) fn forward<T: Kernels>(
     g: &Geometry,
@@ -120,7 +136,7 @@ pub(super) fn forward<T: Kernels>(
     if is_winograd::<T>(g) {
         let transformed = || winograd::transform_weights(g, weight, false);
         return match panels.and_then(Panels::transformed) {
-            Some(kept) => winograd::forward(g, x, kept.get_or_init(transformed), epilogue),
+            Some(kept) => winograd::forward(g, x, packed_once::<Vec<_>>(kept, transformed), epilogue),
             None => winograd::forward(g, x, &transformed(), epilogue),
         };
     }
@@ -128,7 +144,8 @@ pub(super) fn forward<T: Kernels>(
         return matrix_forward(g, x, weight, epilogue);
     }
     if let Some(kept) = panels.and_then(Panels::direct).filter(|_| g.precision == Precision::F32) {
-        return products(g, T::kernel(), x, kept.get_or_init(|| PackedWeight::new(g, T::kernel(), weight)), epilogue);
+        let weight = packed_once(kept, || PackedWeight::new(g, T::kernel(), weight));
+        return products(g, T::kernel(), x, weight, epilogue);
     }
     direct_forward(g, x, weight, epilogue)
 }

@@ -77,6 +77,9 @@ impl Geometry {
                 "add padding, or use a larger image or a smaller dilation",
             ));
         };
+        // Where there is one output, no step is taken: a stride beyond the input only costs memory.
+        let steps = |stride: usize, n_out: usize, padded: usize| if n_out == 1 { stride.min(padded) } else { stride };
+        let stride = [steps(stride[0], oh, h + 2 * padding[0]), steps(stride[1], ow, w + 2 * padding[1])];
         Ok(Self { n, c_in, h, w, c_out, kh, kw, oh, ow, stride, padding, dilation, groups, precision })
     }
 
