@@ -15,7 +15,7 @@ use std::sync::{Arc, LazyLock, Mutex, OnceLock, PoisonError, Weak};
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
 use candle_core::backprop::GradStore;
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Shape, Tensor, TensorId, Var};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Layout, Shape, Tensor, TensorId, Var};
 
 use crate::cpu::{for_float, with_slice};
 use crate::error::{OpsError, Result};
@@ -308,10 +308,11 @@ pub fn backward_from(outputs: Vec<(Tensor, Tensor)>) -> Result<GradStore> {
         }
         let Some(step) = step.filter(|_| here) else {
             // An operation of candle's own: its walk goes on from here, once for all of them.
-            let product = (&tensor * &grad)?.sum_all()?;
+            // In one type and place, whatever those of the operations: the seed of the walk is 1 in any.
+            let product = (&tensor * &grad)?.sum_all()?.to_dtype(DType::F64)?;
             handed_over = Some(match handed_over {
                 None => product,
-                Some(sum) => (sum + product)?,
+                Some(sum) => (&sum + product.to_device(sum.device())?)?,
             });
             continue;
         };
@@ -393,7 +394,7 @@ impl CustomOp1 for Scalar {
     }
 
     fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        let factor = grad.to_dtype(candle_core::DType::F64)?.to_scalar::<f64>()?;
+        let factor = grad.to_dtype(DType::F64)?.to_scalar::<f64>()?;
         Ok(Some((&self.gradient * factor)?.detach()))
     }
 }
@@ -401,7 +402,8 @@ impl CustomOp1 for Scalar {
 /// From how many places [`backward_from`] these outputs would leave the rest to candle's walk: operations that were not
 /// applied by this module, with a variable behind them, and reached without passing another such.
 ///
-/// 0 for every network and loss of this workspace; whoever adds an operation of candle's own to one sees it here.
+/// 0 for the losses and nearly every network of this workspace: DenseNet's blocks, FCN's crops at odd sizes and the
+/// discriminator hold operations of candle's own. Whoever adds one sees it here.
 pub fn handovers(outputs: &[Tensor]) -> usize {
     topological(outputs).iter().filter(|node| node.step.is_none() && !node.tensor.is_variable()).count()
 }
@@ -450,7 +452,8 @@ fn add_to(store: &mut GradStore, of: &Tensor, gradient: Tensor) -> Result<()> {
 
 /// `a + b` on every core.
 fn sum(a: &Tensor, b: &Tensor) -> candle_core::Result<Tensor> {
-    if !a.device().is_cpu() || !a.is_contiguous() || !b.is_contiguous() {
+    let ours = matches!(a.dtype(), DType::F32 | DType::F64) && a.dtype() == b.dtype();
+    if !ours || !a.device().is_cpu() || !a.is_contiguous() || !b.is_contiguous() {
         return Ok((a + b)?.detach());
     }
     for_float!(NAME, a.dtype(), T => with_slice::<T, _>(NAME, a, |x| with_slice::<T, _>(NAME, b, |y| {
@@ -462,7 +465,7 @@ fn sum(a: &Tensor, b: &Tensor) -> candle_core::Result<Tensor> {
 mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
-    use candle_core::{DType, Device};
+    use candle_core::Device;
 
     use super::*;
     use crate::testing::{assert_close, random_f64};
@@ -628,6 +631,27 @@ mod tests {
         assert!(with_steps(|steps| steps.contains_key(&id)));
         drop(y);
         assert!(with_steps(|steps| !steps.contains_key(&id)));
+        Ok(())
+    }
+
+    #[test]
+    fn operations_of_two_types_are_handed_over_together() -> Result<()> {
+        let x = Var::new(&[-1f32, 2.0, 3.0], &Device::Cpu)?;
+        let a = crate::relu(&x.as_tensor().sqr()?)?;
+        let b = crate::relu(&x.to_dtype(DType::F64)?)?;
+        let seeds = [a.ones_like()?.detach(), b.ones_like()?.detach()];
+        let [first, second] = seeds;
+        let found = backward_from(vec![(a, first), (b, second)])?;
+        assert_eq!(found.get(&x).expect("x stands behind both").to_vec1::<f32>()?, [-2.0, 5.0, 7.0]);
+        Ok(())
+    }
+
+    #[test]
+    fn a_variable_of_any_type_is_summed() -> Result<()> {
+        let x = Var::from_tensor(&Tensor::new(&[1f32, 2.0], &Device::Cpu)?.to_dtype(DType::BF16)?)?;
+        let seed = || x.ones_like().map(|ones| ones.detach());
+        let found = backward_from(vec![(x.as_tensor().clone(), seed()?), (x.as_tensor().clone(), seed()?)])?;
+        assert_eq!(found.get(&x).expect("x itself").to_dtype(DType::F32)?.to_vec1::<f32>()?, [2.0, 2.0]);
         Ok(())
     }
 }

@@ -110,6 +110,10 @@ impl Sgd {
             let what = format!("{} gradients for {} parameters", grads.len(), self.params.len());
             return Err(TrainError::config(what, "pass one gradient a parameter"));
         }
+        if let Some((p, grad)) = self.params.iter().zip(grads).find(|(p, grad)| p.tensor.dims() != grad.dims()) {
+            let what = format!("gradient {:?} of `{}` {:?}", grad.dims(), p.name, p.tensor.dims());
+            return Err(TrainError::config(what, "pass each parameter's own gradient, in the order of `params`"));
+        }
         for (p, grad) in self.params.iter().zip(grads) {
             let decayed = self.cfg.decay_all || p.kind == ParamKind::Weight;
             let decay = if decayed { self.cfg.weight_decay } else { 0.0 };
