@@ -128,7 +128,8 @@ impl Pipeline<'_> {
             stop: &self.interrupt.flag,
         };
         let mut progress = StageProgress::new(&label(stage));
-        let outcome = run_stage(stage, dir, &data, self.resume, &mut progress).map_err(|e| self.interrupt.coded(e))?;
+        let outcome = run_stage(stage, dir, &data, self.resume, &mut progress)
+            .map_err(|e| self.interrupt.coded(e).context(format!("stage {}", label(stage))))?;
         progress.finish();
         eprintln!(
             "{}: best val mIoU {:.4} at step {}, {}",
@@ -303,6 +304,13 @@ pub(crate) fn evaluate_into(
             }
             Predictions::Compared(folder) => {
                 let other = read_labels(&file(folder))?;
+                if other.ids.len() != labels.ids.len() {
+                    let what = format!("{} is not of the size of the labels", file(folder).display());
+                    return Err(TrainError::Config {
+                        what,
+                        hint: "evaluate the teacher again, in another --out folder",
+                    });
+                }
                 for ((label, ours), theirs) in labels.ids.iter().zip(image.predictions).zip(&other.ids) {
                     agreed[0] += u64::from(*label != VOID && ours == theirs);
                     agreed[1] += u64::from(*label != VOID);

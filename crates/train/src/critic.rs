@@ -13,7 +13,7 @@ use segdistill_ops::{Mode, ParamStore, concat_channels, graph, masked, resize_bi
 use crate::config::OptimConfig;
 use crate::error::{Result, TrainError};
 use crate::objective::Setting;
-use crate::optim::Sgd;
+use crate::optim::{Sgd, global_norm};
 use crate::schedule::PolySchedule;
 use crate::step::Pair;
 use crate::terms::CriticForm;
@@ -119,6 +119,16 @@ impl Critic {
             });
         }
         let gradients = self.sgd.gradients(&graph::backward(loss)?)?;
+        if !global_norm(&gradients)?.is_finite() {
+            let bad = |g: &Tensor| !global_norm(std::slice::from_ref(g)).is_ok_and(f64::is_finite);
+            let named = self.sgd.params().iter().zip(&gradients).find(|(_, g)| bad(g));
+            return Err(TrainError::NonFiniteGradient {
+                parameter: named.map_or("the discriminator", |(p, _)| p.name.as_str()).into(),
+                terms: vec!["holistic".into()],
+                step,
+                samples: Vec::new(),
+            });
+        }
         self.sgd.step(&gradients, self.schedule.at(step), 1.0)?;
         Ok(Some(value))
     }

@@ -25,7 +25,7 @@ use crate::critic::{Critic, CriticConfig};
 use crate::error::{Result, TrainError};
 use crate::memory::{Entry, MemoryBank};
 use crate::schedule::WeightSchedule;
-use crate::step::{StepInputs, at_grid};
+use crate::step::StepInputs;
 use crate::terms::{AceRule, KdNormaliser, Nodes, PairForm, Taps, TermConfig, TermKind};
 
 /// What an objective is built for.
@@ -161,6 +161,27 @@ impl Objective {
         Ok(objective)
     }
 
+    /// Checks terms against the networks they are for, without building anything: the maps they name are there, and
+    /// channels divide into groups.
+    ///
+    /// # Errors
+    /// As [`Objective::new`].
+    pub fn check(terms: &[TermConfig], student: &ModelInfo, teacher: &ModelInfo) -> Result<()> {
+        for term in terms.iter().filter(|term| term.weight != 0.0) {
+            let Some(taps) = term.loss.taps() else { continue };
+            resolve(student, "student", taps.student())?;
+            let (map, channels) = resolve(teacher, "teacher", taps.teacher())?;
+            if let TermKind::AfDcd { groups, .. } = &term.loss
+                && channels % groups != 0
+            {
+                let what =
+                    format!("term `af-dcd`: {channels} channels of the teacher's map `{map}` in {groups} groups");
+                return Err(TrainError::config(what, "set `groups` to a number that divides the channels"));
+            }
+        }
+        Ok(())
+    }
+
     fn built(&mut self, config: &TermConfig, setting: &Setting<'_>) -> Result<Term> {
         let kind = config.loss.clone();
         kind.validate()?;
@@ -185,7 +206,7 @@ impl Objective {
         let scope = self.adapters.root().pp(&name);
         let mut shared = None;
         let own = match &kind {
-            TermKind::Cwd { .. } if taps[0] == Taps::LOGITS => Own::Nothing,
+            TermKind::Cwd { .. } if taps.iter().all(|tap| tap == Taps::LOGITS) => Own::Nothing,
             TermKind::Cwd { .. } | TermKind::Fitnet { .. } => Own::Align(Align::new(&scope, from, to)?),
             TermKind::Mgd { masked, enhanced, .. } | TermKind::AfDcd { masked, enhanced, .. } => {
                 let kind = if *enhanced { "enhanced-generator" } else { "generator" };
@@ -375,9 +396,8 @@ impl Objective {
                 let p = pair(own)?;
                 let pooled = |map: &Tensor| pool(map, *pooling);
                 let (generated, teacher) = (pooled(&through(&p.student_nchw, formed)?)?, pooled(&p.teacher_nchw)?);
-                let (_, _, h, w) = generated.dims4()?;
                 let cfg = OmniContrast { patch: *patch, groups: *groups, temperature: *temperature };
-                omni_contrast(&generated, &teacher, &at_grid(&inputs.valid_nhw, [h, w])?, &cfg)
+                omni_contrast(&generated, &teacher, &wholly_valid(&p.valid_nhw, *pooling)?, &cfg)
             }
             TermKind::Ifvd { .. } => {
                 let p = pair(own)?;
@@ -494,6 +514,22 @@ fn one_hot(labels_nhw: &Tensor, n_classes: usize, like: &Tensor) -> Result<Tenso
     }
     let maps = Tensor::from_vec(maps, (n, n_classes, h, w), &Device::Cpu)?;
     Ok(maps.to_dtype(like.dtype())?.to_device(like.device())?)
+}
+
+/// 1 for windows of `side` x `side` without a void position, those of [`pool`].
+fn wholly_valid(valid_nhw: &Tensor, side: usize) -> Result<Tensor> {
+    let (n, h, w) = valid_nhw.dims3()?;
+    let valid = valid_nhw.flatten_all()?.to_vec1::<u8>()?;
+    let (rows, columns) = (h / side, w / side);
+    let mut windows = vec![1u8; n * rows * columns];
+    for (at, window) in windows.iter_mut().enumerate() {
+        let (image, y, x) = (at / (rows * columns), at / columns % rows, at % columns);
+        for row in y * side..(y + 1) * side {
+            let start = (image * h + row) * w + x * side;
+            *window &= u8::from(valid[start..start + side].iter().all(|v| *v == 1));
+        }
+    }
+    Ok(Tensor::from_vec(windows, (n, rows, columns), &Device::Cpu)?)
 }
 
 /// Maximum over windows of `side` x `side`, windows that do not fit left out.

@@ -13,7 +13,7 @@ use crate::commands::reproduce::{dry_run, run_plan};
 use crate::exit::usage;
 use crate::recipe::{Plan, Variant, Variation};
 
-/// Most students a sweep trains without being asked twice.
+/// Most points of a grid, each a student a seed.
 const MANY: usize = 200;
 
 /// Runs the command.
@@ -26,14 +26,11 @@ pub(crate) fn run(args: &Sweep) -> Result<()> {
     if let Some(twice) = names.iter().enumerate().find(|(i, name)| names[..*i].contains(name)) {
         return Err(usage!("{} is varied twice\n  hint: give all its values in one --vary", twice.1));
     }
-    let (plan, variants) = Plan::resolve_sweep(&args.recipe, &args.method, &variations)?;
-    if plan.students.len() > MANY {
-        return Err(usage!(
-            "the grid has {} points and asks for {} students\n  hint: at most {MANY}; vary fewer settings at once",
-            variants.len(),
-            plan.students.len()
-        ));
+    let points = variations.iter().map(|v| v.values.len()).fold(1usize, usize::saturating_mul);
+    if points > MANY {
+        return Err(usage!("the grid has {points} points\n  hint: at most {MANY}; vary fewer settings at once"));
     }
+    let (plan, variants) = Plan::resolve_sweep(&args.recipe, &args.method, &variations)?;
     let out = args.recipe.out.clone().unwrap_or_else(|| PathBuf::from(format!("runs/{}-sweep", plan.recipe)));
     if args.dry_run {
         let device = super::device(&plan.device, plan.tf32)?;

@@ -184,6 +184,8 @@ impl Recipe {
         // Without a text to point into, what is left of a message is what is wrong and the key, each on its line.
         let recipe =
             recipe.map_err(|e| usage!("recipe `{}`: {}", args.recipe, e.to_string().trim().replace('\n', " ")))?;
+        let mut recipe = recipe;
+        recipe.prefer_written(&merged.written);
         Ok(Read { recipe, written: merged.written })
     }
 
@@ -207,7 +209,24 @@ impl Recipe {
             ALL => all().into_iter().map(str::to_string).collect(),
             _ => vec![name.clone()],
         };
-        asked.iter().flat_map(one).collect()
+        let mut methods: Vec<String> = Vec::new();
+        for name in asked {
+            // What `all` brings stands once, however else it was asked for; a name given twice is the caller's to see.
+            let brought = one(name).into_iter().filter(|m| name != ALL || !methods.contains(m)).collect::<Vec<_>>();
+            methods.extend(brought);
+        }
+        methods
+    }
+
+    /// Lets terms that somebody wrote stand for every data set, unless some were written for this one too.
+    fn prefer_written(&mut self, written: &[String]) {
+        for (name, objective) in &mut self.objectives {
+            let own = format!("objectives.{name}.terms");
+            let here = format!("objectives.{name}.on.{}.terms", self.dataset);
+            if written.contains(&own) && !written.contains(&here) {
+                objective.on.remove(&self.dataset);
+            }
+        }
     }
 
     /// The stage that trains `model`; with an auxiliary head its loss joins the objective unless a term names it.

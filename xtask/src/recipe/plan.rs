@@ -8,7 +8,7 @@ use candle_core::Device;
 use serde::{Deserialize, Serialize};
 
 use segdistill_data::{Manifest, Split};
-use segdistill_train::Stage;
+use segdistill_train::{Objective, Stage};
 
 use super::{BASELINE, Fills, Pinned, Read, Recipe, Start, Variant, Variation, whole};
 use crate::cli::RecipeArgs;
@@ -176,6 +176,14 @@ impl Plan {
         for stage in std::iter::once(&teacher).chain(&students) {
             stage.validate().map_err(|e| usage!("stage `{}`: {e}", stage.method))?;
             stage.model.validate().map_err(|e| usage!("stage `{}`: {e}", stage.method))?;
+        }
+        let describe =
+            |stage: &Stage| segdistill_models::info(&stage.model).map_err(|e| usage!("stage `{}`: {e}", stage.method));
+        let teachers = describe(&teacher)?;
+        for stage in &students {
+            // Before anything is trained: a map that is not there would else be found out after the teacher.
+            Objective::check(&stage.terms, &describe(stage)?, &teachers)
+                .map_err(|e| usage!("stage `{}`: {e}", stage.method))?;
         }
         let [teacher_start, student_start] = recipe.starts()?;
         let (teacher_weights, teacher_pinned) = recipe.teacher_weights()?.unzip();
@@ -504,9 +512,13 @@ mod tests {
         for method in ["ohem", "dice+ce", "lovasz+ce", "csc+ce"] {
             assert_eq!(names(&with("toy", &[method])), [method]);
         }
+        assert_eq!(names(&with("toy", &["kd", "all"]))[..2], ["kd", "ce"], "what `all` brings stands once");
         // Weights are those of the data set where its source has others.
         let weight = |recipe: &str| with(recipe, &["af-dcd"]).students[0].terms[0].weight;
         assert_eq!((weight("toy"), weight("camvid")), (2e-6, 8e-6));
+        let mut own = args("camvid", &[r#"objectives.af-dcd.terms=[{ loss = "kd", weight = 7.0 }]"#]);
+        (own.methods, own.data_root) = (Some(vec!["af-dcd".into()]), Some(std::env::temp_dir()));
+        assert_eq!(Plan::resolve(&own).unwrap().students[0].terms[0].weight, 7.0, "what was written stands");
     }
 
     #[test]
@@ -546,6 +558,9 @@ mod tests {
             ("kd", "kd.temperature=hot", "hot"),
             ("kd", "kd.temperature=0", "temperature = 0"),
             ("kd", "kd.loss=csc", "not a setting"),
+            ("kd", "kd.weight=1,1.0", "are the same objective"),
+            ("fitnet", "fitnet.tap=nosuch", "the student has no map `nosuch`, known: logits, penultimate"),
+            ("af-dcd", "af-dcd.groups=7", "in 7 groups"),
         ] {
             let error = sweep(method, &[vary], &[]).unwrap_err();
             assert_eq!(crate::exit::code_of(&error), 2, "{vary}");

@@ -81,7 +81,14 @@ impl Recipe {
             }
             grid = finer;
         }
-        for (variant, terms) in &grid {
+        for (i, (variant, terms)) in grid.iter().enumerate() {
+            if let Some((twin, _)) = grid[..i].iter().find(|(_, other)| other == terms) {
+                return Err(usage!(
+                    "{} and {} are the same objective\n  hint: give each value once, in whatever form",
+                    twin.method,
+                    variant.method
+                ));
+            }
             let keys = ObjectiveKeys { terms: terms.clone(), on: Default::default() };
             self.objectives.insert(variant.method.clone(), keys);
         }
