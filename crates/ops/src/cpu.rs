@@ -70,6 +70,22 @@ pub(crate) fn check_float(op: &'static str, tensors: &[&Tensor]) -> Result<()> {
     Ok(())
 }
 
+/// Refuses a bias that has not one value for each output channel.
+///
+/// # Errors
+/// `Shape` naming both.
+pub(crate) fn check_bias(op: &'static str, bias: Option<&Tensor>, n_out: usize) -> Result<()> {
+    match bias {
+        Some(bias) if bias.dims() != [n_out] => Err(OpsError::shape(
+            op,
+            format!("bias {:?}", bias.dims()),
+            format!("[{n_out}]"),
+            "one bias for each output channel",
+        )),
+        _ => Ok(()),
+    }
+}
+
 /// The elements of a contiguous tensor, in row-major order.
 ///
 /// # Errors

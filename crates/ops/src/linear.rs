@@ -4,7 +4,7 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Shape, Tensor, WithDType};
 use rayon::prelude::*;
 
-use crate::cpu::{Element, check_float, for_float, par_chunks, slice_of, vectorised, with_slice};
+use crate::cpu::{Element, check_bias, check_float, for_float, par_chunks, slice_of, vectorised, with_slice};
 use crate::error::{OpsError, Result};
 use crate::gemm::{MatMut, MatRef, gemm};
 use crate::graph;
@@ -57,16 +57,7 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
             "the weight's second size is the last one of x",
         ));
     }
-    if let Some(bias) = bias
-        && bias.dims() != [d_out]
-    {
-        return Err(OpsError::shape(
-            NAME,
-            format!("bias {:?}", bias.dims()),
-            format!("[{d_out}]"),
-            "one bias for each output feature",
-        ));
-    }
+    check_bias(NAME, bias, d_out)?;
     let shape = [outer, &[d_out]].concat();
     if !x.device().is_cpu() {
         // candle's product and its gradients are right and fast there.

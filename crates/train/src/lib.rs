@@ -66,6 +66,7 @@ mod config;
 mod critic;
 mod error;
 mod evaluate;
+mod maps;
 mod memory;
 mod metrics_log;
 mod objective;

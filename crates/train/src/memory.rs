@@ -88,8 +88,8 @@ impl MemoryBank {
         let features = teacher_ndhw.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
         let bytes = |map: &Tensor| -> Result<Vec<u8>> { Ok(map.flatten_all()?.to_vec1::<u8>()?) };
         let (labels, valid) = (bytes(labels_nhw)?, bytes(valid_nhw)?);
-        let known = |&(label, valid): &(&u8, &u8)| *valid == 1 && usize::from(*label) >= self.n_classes;
-        if let Some((label, _)) = labels.iter().zip(&valid).find(known) {
+        let stray = |&(label, valid): &(&u8, &u8)| *valid == 1 && usize::from(*label) >= self.n_classes;
+        if let Some((label, _)) = labels.iter().zip(&valid).find(stray) {
             let what = format!("label {label} for a memory of {} classes", self.n_classes);
             return Err(TrainError::config(what, "map the data set's ids to classes when loading"));
         }

@@ -16,13 +16,13 @@ use segdistill_losses::{
 };
 use segdistill_models::ModelInfo;
 use segdistill_models::adapter::{Align, MgdGenerator, ProjectionHead};
-use segdistill_ops::rng::Stream;
-use segdistill_ops::{Mode, NamedParam, ParamStore, Pool2dConfig, max_pool2d};
+use segdistill_ops::{Mode, NamedParam, ParamStore};
 
 use crate::checkpoint::Parts;
 use crate::config::OptimConfig;
 use crate::critic::{Critic, CriticConfig};
 use crate::error::{Result, TrainError};
+use crate::maps::{keep_mask, one_hot, pool, wholly_valid};
 use crate::memory::{Entry, MemoryBank};
 use crate::schedule::WeightSchedule;
 use crate::step::StepInputs;
@@ -501,51 +501,4 @@ impl Objective {
         }
         Ok(())
     }
-}
-
-/// Labels as one map of 0 and 1 a class, in the type of `like`; void is 0 everywhere.
-fn one_hot(labels_nhw: &Tensor, n_classes: usize, like: &Tensor) -> Result<Tensor> {
-    let (n, h, w) = labels_nhw.dims3()?;
-    let labels = labels_nhw.flatten_all()?.to_vec1::<u8>()?;
-    let m = h * w;
-    let mut maps = vec![0u8; n * n_classes * m];
-    for (at, label) in labels.into_iter().enumerate().filter(|(_, label)| usize::from(*label) < n_classes) {
-        maps[(at / m * n_classes + usize::from(label)) * m + at % m] = 1;
-    }
-    let maps = Tensor::from_vec(maps, (n, n_classes, h, w), &Device::Cpu)?;
-    Ok(maps.to_dtype(like.dtype())?.to_device(like.device())?)
-}
-
-/// 1 for windows of `side` x `side` without a void position, those of [`pool`].
-fn wholly_valid(valid_nhw: &Tensor, side: usize) -> Result<Tensor> {
-    let (n, h, w) = valid_nhw.dims3()?;
-    let valid = valid_nhw.flatten_all()?.to_vec1::<u8>()?;
-    let (rows, columns) = (h / side, w / side);
-    let mut windows = vec![1u8; n * rows * columns];
-    for (at, window) in windows.iter_mut().enumerate() {
-        let (image, y, x) = (at / (rows * columns), at / columns % rows, at % columns);
-        for row in y * side..(y + 1) * side {
-            let start = (image * h + row) * w + x * side;
-            *window &= u8::from(valid[start..start + side].iter().all(|v| *v == 1));
-        }
-    }
-    Ok(Tensor::from_vec(windows, (n, rows, columns), &Device::Cpu)?)
-}
-
-/// Maximum over windows of `side` x `side`, windows that do not fit left out.
-fn pool(map_ndhw: &Tensor, side: usize) -> Result<Tensor> {
-    if side == 1 {
-        return Ok(map_ndhw.clone());
-    }
-    let cfg = Pool2dConfig { kernel: [side, side], stride: [side, side], padding: [0, 0], ceil_mode: false };
-    Ok(max_pool2d(map_ndhw, cfg)?)
-}
-
-/// 0 at a share `masked` of the positions, drawn for each image and step, 1 elsewhere.
-fn keep_mask(map_ndhw: &Tensor, masked: f64, seed: u64, step: u64) -> Result<Tensor> {
-    let (n, _, h, w) = map_ndhw.dims4()?;
-    let mut stream = Stream::new(seed, "mgd mask", &[step]);
-    let keep: Vec<u8> = (0..n * h * w).map(|_| u8::from(!stream.chance(masked))).collect();
-    let keep = Tensor::from_vec(keep, (n, 1, h, w), &Device::Cpu)?;
-    Ok(keep.to_dtype(map_ndhw.dtype())?.to_device(map_ndhw.device())?)
 }

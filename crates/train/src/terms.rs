@@ -10,6 +10,10 @@ use serde_json::Value;
 
 use crate::error::{Result, TrainError};
 
+mod settings;
+
+pub use settings::{AceRule, CriticForm, KdNormaliser, Nodes, PairForm, ScheduleConfig, Taps};
+
 /// One term of the objective (equation 6 of the patent is two of them).
 ///
 /// A recipe writes it as one table, the settings of the loss beside its weight:
@@ -48,126 +52,6 @@ impl TryFrom<WrittenTerm> for TermConfig {
         let loss = TermKind::deserialize(rest).map_err(|e| format!("term `{loss}`: {e}"))?;
         Ok(Self { loss, weight: written.weight, schedule: written.schedule })
     }
-}
-
-/// How a term's weight moves over the run.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum ScheduleConfig {
-    /// The same at every step.
-    #[default]
-    Constant,
-    /// From 0 to the full weight over the first tenth of the run.
-    RampUp,
-    /// From the full weight linearly to 0 at the end.
-    RampDown,
-}
-
-/// Which maps of the two networks a term compares.
-///
-/// Written as one name for both (`tap = "decoder"`) or as two, student first (`tap = ["decoder", "fc7"]`). Names are those
-/// of [`segdistill_models::ModelInfo::taps`], and besides `logits`, and `penultimate` for the map the classifier reads.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
-pub enum Taps {
-    /// One name for both networks.
-    Both(String),
-    /// Student's, teacher's.
-    Each([String; 2]),
-}
-
-impl Taps {
-    /// Name of the logits.
-    pub const LOGITS: &'static str = "logits";
-    /// Name of the last feature map before the classifier, whatever the network calls it.
-    pub const PENULTIMATE: &'static str = "penultimate";
-
-    fn both(name: &str) -> Self {
-        Self::Both(name.to_string())
-    }
-
-    fn logits() -> Self {
-        Self::both(Self::LOGITS)
-    }
-
-    fn penultimate() -> Self {
-        Self::both(Self::PENULTIMATE)
-    }
-
-    /// Student's name.
-    pub fn student(&self) -> &str {
-        match self {
-            Self::Both(name) => name,
-            Self::Each([student, _]) => student,
-        }
-    }
-
-    /// Teacher's name.
-    pub fn teacher(&self) -> &str {
-        match self {
-            Self::Both(name) => name,
-            Self::Each([_, teacher]) => teacher,
-        }
-    }
-}
-
-/// Normaliser of the pixel-wise divergence.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum KdNormaliser {
-    /// Mean over the valid pixels of the batch (Hinton et al., CIRKD).
-    #[default]
-    MeanPixel,
-    /// Sum over the batch of the images' means (SKD's code).
-    ImageSum,
-}
-
-/// Target of the adaptive cross entropy.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum AceRule {
-    /// The teacher's distribution where its class is the labelled one, the label elsewhere.
-    #[default]
-    TeacherWhereRight,
-    /// A fixed share of the teacher's distribution everywhere.
-    Blend,
-    /// A share of the teacher's distribution that is its probability of the labelled class.
-    Confidence,
-}
-
-/// Nodes of the pair-wise term.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Nodes {
-    /// Local patches, each the largest value of a channel (SKD's code).
-    #[default]
-    Max,
-    /// Local patches, each the mean.
-    Average,
-    /// Every pixel.
-    Pixels,
-}
-
-/// Normaliser of the pair-wise term.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum PairForm {
-    /// As the paper prints it, gradient through the unit length.
-    Paper,
-    /// As its code has it: unit length with an epsilon, left out of the gradient.
-    #[default]
-    Code,
-}
-
-/// Game between student and discriminator.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum CriticForm {
-    /// Wasserstein with gradient penalty (SKD).
-    #[default]
-    WganGp,
-    /// Hinge, without penalty (CIRKD's re-implementation).
-    Hinge,
 }
 
 /// Losses a term can take, each with its settings; left out, they are those of the source.
@@ -598,55 +482,4 @@ impl TermKind {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn term(text: &str) -> std::result::Result<TermConfig, String> {
-        serde_json::from_str(text).map_err(|e| e.to_string())
-    }
-
-    #[test]
-    fn a_term_is_one_table() {
-        let kd = term(r#"{ "loss": "kd", "weight": 2.0, "temperature": 4.0, "schedule": "ramp-down" }"#).unwrap();
-        assert_eq!(kd.loss, TermKind::Kd { temperature: 4.0, normaliser: KdNormaliser::MeanPixel });
-        assert_eq!((kd.weight, kd.schedule), (2.0, ScheduleConfig::RampDown));
-        let json = serde_json::to_string(&kd).unwrap();
-        assert_eq!(term(&json).unwrap(), kd);
-    }
-
-    #[test]
-    fn what_is_no_setting_is_refused_with_the_settings_there_are() {
-        let error = term(r#"{ "loss": "kd", "weight": 1.0, "temprature": 4.0 }"#).unwrap_err();
-        assert!(
-            error.contains("term `kd`") && error.contains("temprature") && error.contains("temperature"),
-            "{error}"
-        );
-        let error = term(r#"{ "loss": "csc", "weight": 1.0, "temperature": 4.0 }"#).unwrap_err();
-        assert!(error.contains("term `csc`") && error.contains("temperature"), "{error}");
-        let error = term(r#"{ "loss": "kdd", "weight": 1.0 }"#).unwrap_err();
-        assert!(error.contains("kdd") && error.contains("cirkd-pixel"), "{error}");
-        assert!(term(r#"{ "weight": 1.0 }"#).unwrap_err().contains("`loss`"));
-        assert!(term(r#"{ "loss": "ce" }"#).unwrap_err().contains("weight"));
-    }
-
-    #[test]
-    fn names_tell_unusual_maps() {
-        let name = |text| term(text).unwrap().loss.name();
-        assert_eq!(name(r#"{ "loss": "cwd", "weight": 1.0 }"#), "cwd");
-        assert_eq!(name(r#"{ "loss": "cwd", "weight": 1.0, "tap": "decoder" }"#), "cwd-decoder");
-        assert_eq!(name(r#"{ "loss": "at", "weight": 1.0, "tap": ["high", "fc7"] }"#), "at-high-fc7");
-    }
-
-    #[test]
-    fn settings_outside_their_range_are_named() {
-        let refused = |kind: TermKind| kind.validate().unwrap_err().to_string();
-        let text = refused(TermKind::Kd { temperature: 0.0, normaliser: KdNormaliser::MeanPixel });
-        assert!(text.contains("term `kd`: temperature = 0"), "{text}");
-        assert!(refused(TermKind::Ce { label_smoothing: 1.0 }).contains("label_smoothing = 1"));
-        for name in TermKind::NAMES {
-            let kind = TermKind::named(name).unwrap();
-            kind.validate().unwrap();
-            assert_eq!(kind.loss(), name);
-        }
-    }
-}
+mod tests;

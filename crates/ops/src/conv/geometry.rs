@@ -3,6 +3,7 @@
 use candle_core::Tensor;
 
 use super::{Conv2dConfig, OP};
+use crate::cpu::check_bias;
 use crate::error::{OpsError, Result};
 use crate::precision::Precision;
 
@@ -59,16 +60,7 @@ impl Geometry {
                 "only the batch may be empty",
             ));
         }
-        if let Some(bias) = bias
-            && bias.dims() != [c_out]
-        {
-            return Err(OpsError::shape(
-                OP,
-                format!("bias {:?}", bias.dims()),
-                format!("[{c_out}]"),
-                "one bias for each output channel",
-            ));
-        }
+        check_bias(OP, bias, c_out)?;
         let Some([oh, ow]) = cfg.output_hw([h, w], [kh, kw]) else {
             return Err(OpsError::shape(
                 OP,

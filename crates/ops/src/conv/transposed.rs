@@ -11,7 +11,7 @@ use rayon::prelude::*;
 
 use super::geometry::{Geometry, rank4};
 use super::{Epilogue, channel_sums, check, dense, depthwise, forward};
-use crate::cpu::{Element, for_float, slice_of, with_slice};
+use crate::cpu::{Element, check_bias, for_float, slice_of, with_slice};
 #[cfg(feature = "cuda")]
 use crate::cuda;
 use crate::error::{OpsError, Result};
@@ -151,16 +151,7 @@ fn adjoint(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, cfg: ConvTranspos
             "only the batch may be empty",
         ));
     }
-    if let Some(bias) = bias
-        && bias.dims() != [c_out]
-    {
-        return Err(OpsError::shape(
-            OP,
-            format!("bias {:?}", bias.dims()),
-            format!("[{c_out}]"),
-            "one bias for each output channel",
-        ));
-    }
+    check_bias(OP, bias, c_out)?;
     let Some([oh, ow]) = cfg.output_hw([h, w], [kh, kw]) else {
         return Err(OpsError::shape(
             OP,
