@@ -24,7 +24,7 @@ use crate::exit::{DATA, coded};
 use crate::progress::{Progress, StageProgress, duration};
 use crate::recipe::{Fills, Plan, whole};
 use crate::run_folder::{
-    FinalConfig, FinalModel, class_lists, is_finished, read_config, read_final, stage_dir, write_final,
+    Failure, FinalConfig, FinalModel, class_lists, is_finished, read_config, read_final, stage_dir, write_final,
 };
 
 /// Validation images whose predictions are kept for the report's pictures.
@@ -113,7 +113,23 @@ impl Pipeline<'_> {
         Ok(student)
     }
 
+    /// Every student of the plan. One whose numbers run away leaves a record in its folder, and the others go on.
+    pub(crate) fn students(&self, teacher: &FinalModel) -> Result<()> {
+        for stage in &self.plan.students {
+            let done = self.student(stage, Some(teacher));
+            let Err(error) = done else { continue };
+            let diverged = error.chain().find_map(|e| e.downcast_ref::<TrainError>()).filter(|e| e.diverged());
+            let Some(cause) = diverged else { return Err(error) };
+            let failure = Failure { stage: label(stage), error: cause.to_string() };
+            failure.write(&stage_dir(self.run, stage))?;
+            eprintln!("error: {error:#}");
+            eprintln!("{} is left out of the report; the other students go on", label(stage));
+        }
+        Ok(())
+    }
+
     fn train(&self, stage: &Stage, dir: &Path, teacher: Option<&FinalModel>) -> Result<()> {
+        Failure::forget(dir)?;
         let train = need_split(&self.plan.data, Split::Train)?;
         let val = need_split(&self.plan.data, Split::Val)?;
         let start = self.plan.start_of(stage);
@@ -414,6 +430,12 @@ pub(crate) fn finished_stages(run: &Path, plan: &Plan) -> Result<Vec<(PathBuf, F
         }
     }
     Ok(out)
+}
+
+/// Students of a run that did not finish because their numbers ran away, in the plan's order.
+pub(crate) fn failures(run: &Path, plan: &Plan) -> Result<Vec<Failure>> {
+    let unfinished = plan.students.iter().map(|stage| stage_dir(run, stage)).filter(|dir| !is_finished(dir));
+    unfinished.filter_map(|dir| Failure::read(&dir).transpose()).collect()
 }
 
 /// Seconds of training of a stage, from its metrics: batch size over images a second, summed over the steps.

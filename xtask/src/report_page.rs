@@ -16,7 +16,7 @@ use segdistill_eval::table::{
 
 use crate::commands::{SPLITS, labels_withheld};
 use crate::exit::{UNAVAILABLE, coded, usage};
-use crate::pipeline::{MODE, finished_stages, stage_label, training_time};
+use crate::pipeline::{MODE, failures, finished_stages, stage_label, training_time};
 use crate::recipe::{DataPlan, Plan};
 use crate::run_folder::{FinalConfig, class_table};
 
@@ -28,6 +28,8 @@ pub(crate) struct Written {
     pub(crate) text: String,
     /// Rows of results.csv.
     pub(crate) rows: Vec<ResultRow>,
+    /// Students that did not finish, one sentence each.
+    pub(crate) failed: Vec<String>,
 }
 
 /// A finished stage with everything the report takes from it.
@@ -46,8 +48,9 @@ pub(crate) fn write(runs: &[PathBuf], out: &Path) -> Result<Written> {
     let names = run_names(runs)?;
     let mut report = Report::default();
     let mut common = Common::default();
+    let mut failed = Vec::new();
     for (run, name) in runs.iter().zip(&names) {
-        add_run(&mut report, &mut common, run, name)?;
+        failed.extend(add_run(&mut report, &mut common, run, name)?);
     }
     if let [first, .., _] = names.as_slice() {
         report.title = format!("segdistill: {} compared", names.join(", "));
@@ -61,7 +64,7 @@ pub(crate) fn write(runs: &[PathBuf], out: &Path) -> Result<Written> {
     write_atomic(&page, report.to_html().as_bytes())?;
     // Everything up to the second table: what a terminal shows at a glance.
     let text = text.split("\n### ").next().unwrap_or(&text).trim_end().to_string();
-    Ok(Written { page, text, rows: report.rows })
+    Ok(Written { page, text, rows: report.rows, failed })
 }
 
 /// The page of one evaluation that belongs to no run.
@@ -153,7 +156,8 @@ fn same(what: &str, (run, found): (&str, &str), (first, expected): (&str, &str))
     ))
 }
 
-fn add_run(report: &mut Report, common: &mut Common, run: &Path, name: &str) -> Result<()> {
+/// Adds what a run left; gives a sentence for each student of it that did not finish.
+fn add_run(report: &mut Report, common: &mut Common, run: &Path, name: &str) -> Result<Vec<String>> {
     let first = common.data.is_none();
     let plan = Plan::read(&run.join("plan.toml"))?;
     let stages: Vec<StageFiles> = finished_stages(run, &plan)?
@@ -179,6 +183,11 @@ fn add_run(report: &mut Report, common: &mut Common, run: &Path, name: &str) -> 
     if !plan.description.is_empty() {
         report.summary.push(format!("{of_run}{}.", capitalised(&plan.description)));
     }
+    let failed: Vec<String> = failures(run, &plan)?
+        .iter()
+        .map(|f| format!("{of_run}{} did not finish and is in no table and no mean: {}.", f.stage, f.what()))
+        .collect();
+    report.summary.extend(failed.iter().cloned());
     report.notes.push(format!("{of_run}Teacher weights: {}.", some.config.origin));
     let n_timings = report.timings.len();
     for stage in &stages {
@@ -211,7 +220,7 @@ fn add_run(report: &mut Report, common: &mut Common, run: &Path, name: &str) -> 
     }
     let of_this_run = &mut report.timings[n_timings..];
     of_this_run.iter_mut().for_each(|row| row.run = name.to_string());
-    Ok(())
+    Ok(failed)
 }
 
 fn capitalised(text: &str) -> String {

@@ -283,6 +283,52 @@ pub(crate) fn write_model(place: &Path, config: &mut FinalConfig, weights: &BTre
     Ok(())
 }
 
+/// `failure.json` of a stage whose numbers ran away.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Failure {
+    /// Which stage.
+    pub(crate) stage: String,
+    /// What was not finite, at which step, and what may help.
+    pub(crate) error: String,
+}
+
+impl Failure {
+    fn place(dir: &Path) -> PathBuf {
+        dir.join("failure.json")
+    }
+
+    /// Leaves the record in the stage's folder.
+    pub(crate) fn write(&self, dir: &Path) -> Result<()> {
+        Ok(write_atomic(&Self::place(dir), &serde_json::to_vec_pretty(self)?)?)
+    }
+
+    /// The record in `dir`, if there is one.
+    pub(crate) fn read(dir: &Path) -> Result<Option<Self>> {
+        let path = Self::place(dir);
+        if !path.is_file() {
+            return Ok(None);
+        }
+        let of = |bytes: Vec<u8>| serde_json::from_slice(&bytes);
+        of(fs_err::read(&path)?)
+            .map(Some)
+            .with_context(|| format!("`{}` is not the record of a failure", path.display()))
+    }
+
+    /// Takes the record away, before the stage is trained again.
+    pub(crate) fn forget(dir: &Path) -> Result<()> {
+        let path = Self::place(dir);
+        if path.is_file() {
+            fs_err::remove_file(path)?;
+        }
+        Ok(())
+    }
+
+    /// The error without its hint.
+    pub(crate) fn what(&self) -> &str {
+        self.error.lines().next().unwrap_or_default()
+    }
+}
+
 /// Whether the stage in `dir` is finished.
 pub(crate) fn is_finished(dir: &Path) -> bool {
     dir.join("final/config.json").is_file()

@@ -193,6 +193,48 @@ fn wrong_teacher(run: &Path) {
     assert!(!run.join("given/teacher/metrics.csv").exists(), "a given teacher is not trained");
 }
 
+/// A student whose numbers run away takes nobody with it: the others are trained, the report says who is missing, and the
+/// program fails.
+#[test]
+fn a_student_that_diverges_is_left_out_and_said() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let wild = "objectives.kd.terms=[{loss='kd',weight=1e300},{loss='ce',weight=1.0}]";
+    let methods = ["--methods", "ce,kd,cwd", "--set", wild];
+    for resume in [&[][..], &["--resume"]] {
+        let failed = tiny(&out, &[&methods[..], resume].concat());
+        let said = text(&failed.stderr);
+        assert_eq!(failed.status.code(), Some(1), "{said}");
+        for seed in [0, 1] {
+            let sentence = format!("kd seed {seed} did not finish and is in no table and no mean: ");
+            assert!(said.contains(&sentence), "{said}");
+            assert!(read(out.join("report/report.md")).contains(&sentence));
+            assert!(read(out.join("report/index.html")).contains(&sentence));
+            let record: serde_json::Value =
+                serde_json::from_str(&read(out.join(format!("kd/seed-{seed}/failure.json")))).unwrap();
+            assert_eq!(record["stage"], format!("kd seed {seed}"));
+            assert!(record["error"].as_str().unwrap().contains("step 0"), "{record}");
+        }
+        let results = read(out.join("report/results.csv"));
+        let rows = |method: &str| results.lines().filter(|l| l.starts_with(&format!("{method},student"))).count();
+        assert_eq!([rows("ce"), rows("kd"), rows("cwd")], [6, 0, 6], "{results}");
+    }
+    // A sweep has a line for the point all the same.
+    let out = dir.path().join("sweep");
+    let mut args = vec!["sweep", "--method", "kd", "--vary", "kd.weight=1,1e300", "--seeds", "0"];
+    let out_text = out.to_str().unwrap().to_string();
+    args.extend(["--out", &out_text]);
+    TINY.iter().for_each(|set| args.extend(["--set", set]));
+    args.extend(["--set", "input.size=[32,48]", "--set", "input.crop=[32,48]"]);
+    let failed = xtask(&args);
+    assert_eq!(failed.status.code(), Some(1), "{}", text(&failed.stderr));
+    assert!(text(&failed.stdout).contains("diverged"), "{}", text(&failed.stdout));
+    let table = read(out.join("report/sweep.csv"));
+    let lines: Vec<&str> = table.lines().collect();
+    assert_eq!(lines.len(), 3, "{table}");
+    assert!(lines[2].ends_with(",0,,,"), "{table}");
+}
+
 #[test]
 fn an_interrupted_run_exits_130_and_goes_on() {
     let dir = tempfile::tempdir().unwrap();

@@ -10,7 +10,7 @@ use segdistill_data::{Batch, classes::VOID};
 use segdistill_models::{Frozen, ModelSpec, Segmenter, build};
 use segdistill_ops::{Mode, ParamKind, ParamStore, graph};
 use segdistill_train::{
-    Objective, OptimConfig, ScheduleConfig, Setting, Sgd, StepInputs, TermConfig, TermKind, global_norm,
+    Objective, OptimConfig, Optimizer, ScheduleConfig, Setting, Sgd, StepInputs, TermConfig, TermKind, global_norm,
 };
 
 use super::{Answer, Workload, products, sizes};

@@ -100,6 +100,8 @@ pub enum ClassWeighting {
     SqrtMedianFrequency,
     /// median(frequency) / frequency, from the training labels (SegNet).
     MedianFrequency,
+    /// 1 / ln(1.02 + share of the labelled pixels), from the training labels (ENet).
+    Enet,
 }
 
 fn check(ok: bool, what: impl FnOnce() -> String, hint: &'static str) -> Result<()> {

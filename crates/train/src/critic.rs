@@ -13,10 +13,10 @@ use segdistill_ops::{Mode, ParamStore, concat_channels, graph, masked, resize_bi
 use crate::config::OptimConfig;
 use crate::error::{Result, TrainError};
 use crate::objective::Setting;
-use crate::optim::{Sgd, global_norm};
+use crate::optim::{Adam, AdamConfig, Optimizer, Sgd, global_norm};
 use crate::schedule::PolySchedule;
 use crate::step::Pair;
-use crate::terms::CriticForm;
+use crate::terms::{CriticForm, CriticOptimizer};
 
 /// Settings of a discriminator's training.
 #[derive(Clone, Copy, Debug)]
@@ -28,6 +28,7 @@ pub(crate) struct CriticConfig {
     pub(crate) weight: f64,
     /// Weight of the gradient penalty within it.
     pub(crate) penalty: f64,
+    pub(crate) optimizer: CriticOptimizer,
     pub(crate) lr: f64,
     pub(crate) width: f64,
 }
@@ -40,15 +41,17 @@ pub(crate) struct Critic {
     cfg: CriticConfig,
     store: ParamStore,
     network: Discriminator,
-    sgd: Sgd,
+    optimizer: Box<dyn Optimizer>,
     schedule: PolySchedule,
     seed: u64,
     /// What it was last shown: the student's and the teacher's maps, void set to 0, with the image where it is seen.
     shown: Option<[Tensor; 2]>,
 }
 
-/// Prefix of the momentum buffers among the tensors of the checkpoint.
-const MOMENTUM: &str = "momentum.";
+/// Prefix of the optimizer's state among the tensors of the checkpoint.
+const OPTIMIZER: &str = "optimizer.";
+/// Decay of Adam's moments in CIRKD's code.
+const BETAS: [f64; 2] = [0.9, 0.99];
 
 impl Critic {
     /// A discriminator of `n_classes` logits, drawn from the seed.
@@ -65,8 +68,13 @@ impl Critic {
             ..setting.optim.clone()
         };
         let schedule = PolySchedule::new(&optim, setting.steps);
-        let sgd = Sgd::new(&store, optim)?;
-        Ok(Self { cfg, store, network, sgd, schedule, seed: setting.seed, shown: None })
+        let optimizer: Box<dyn Optimizer> = match cfg.optimizer {
+            CriticOptimizer::Sgd => Box::new(Sgd::new(&store, optim)?),
+            CriticOptimizer::Adam => {
+                Box::new(Adam::over(store.named(), AdamConfig { betas: BETAS, ..AdamConfig::default() })?)
+            }
+        };
+        Ok(Self { cfg, store, network, optimizer, schedule, seed: setting.seed, shown: None })
     }
 
     /// What the discriminator reads: a network's logits, 0 where no label counts, and the image on their grid.
@@ -95,8 +103,8 @@ impl Critic {
         })
     }
 
-    /// One step of the discriminator on what it was last shown; its loss, or nothing when it was shown nothing.
-    pub(crate) fn step(&mut self, step: u64) -> Result<Option<f64>> {
+    /// One step of the discriminator on what it was last shown, of `samples`; its loss, or nothing when it was shown nothing.
+    pub(crate) fn step(&mut self, step: u64, samples: &[String]) -> Result<Option<f64>> {
         let Some([student, teacher]) = self.shown.take() else { return Ok(None) };
         let mode = Mode::Train { seed: self.seed, step };
         let scores = [self.network.forward(&student, mode)?, self.network.forward(&teacher, mode)?];
@@ -115,40 +123,41 @@ impl Critic {
                 term: "holistic, the discriminator's own".into(),
                 value,
                 step,
-                samples: Vec::new(),
+                samples: samples.to_vec(),
             });
         }
-        let gradients = self.sgd.gradients(&graph::backward(loss)?)?;
+        let gradients = self.optimizer.gradients(&graph::backward(loss)?)?;
         if !global_norm(&gradients)?.is_finite() {
             let bad = |g: &Tensor| !global_norm(std::slice::from_ref(g)).is_ok_and(f64::is_finite);
-            let named = self.sgd.params().iter().zip(&gradients).find(|(_, g)| bad(g));
+            let named = self.optimizer.params().iter().zip(&gradients).find(|(_, g)| bad(g));
             return Err(TrainError::NonFiniteGradient {
                 parameter: named.map_or("the discriminator", |(p, _)| p.name.as_str()).into(),
                 terms: vec!["holistic".into()],
                 step,
-                samples: Vec::new(),
+                samples: samples.to_vec(),
             });
         }
-        self.sgd.step(&gradients, self.schedule.at(step), 1.0)?;
+        self.optimizer.step(&gradients, self.schedule.at(step), 1.0)?;
         Ok(Some(value))
     }
 
-    /// Weights, buffers and momentum, for the checkpoint.
+    /// Weights, buffers and the optimizer's state, for the checkpoint.
     pub(crate) fn state(&self) -> BTreeMap<String, Tensor> {
-        let momentum = self.sgd.state().iter().map(|(name, tensor)| (format!("{MOMENTUM}{name}"), tensor.clone()));
-        self.store.tensors().into_iter().chain(momentum).collect()
+        let moments =
+            self.optimizer.state().iter().map(|(name, tensor)| (format!("{OPTIMIZER}{name}"), tensor.clone()));
+        self.store.tensors().into_iter().chain(moments).collect()
     }
 
     /// Takes the state of a checkpoint.
     pub(crate) fn load_state(&mut self, state: &BTreeMap<String, Tensor>) -> Result<()> {
-        let (mut weights, mut momentum) = (BTreeMap::new(), BTreeMap::new());
+        let (mut weights, mut moments) = (BTreeMap::new(), BTreeMap::new());
         for (name, tensor) in state {
-            match name.strip_prefix(MOMENTUM) {
-                Some(name) => momentum.insert(name.to_string(), tensor.clone()),
+            match name.strip_prefix(OPTIMIZER) {
+                Some(name) => moments.insert(name.to_string(), tensor.clone()),
                 None => weights.insert(name.clone(), tensor.clone()),
             };
         }
         self.store.load(&weights)?;
-        self.sgd.load_state(momentum)
+        self.optimizer.load_state(moments)
     }
 }

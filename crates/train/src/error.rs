@@ -47,6 +47,18 @@ pub enum TrainError {
         /// Samples of the batch.
         samples: Vec<String>,
     },
+    /// A logit on val is NaN or infinite.
+    #[error(
+        "logit {value} of class {class} on val after step {step}: the network has diverged\n  hint: lower `optim.lr`, lengthen `optim.warmup_steps` or set `optim.clip_norm`; the last good checkpoint is untouched"
+    )]
+    NonFiniteLogit {
+        /// Its value.
+        value: f32,
+        /// Its class.
+        class: usize,
+        /// Steps done.
+        step: u64,
+    },
     /// Trainable parameters that the loss does not reach.
     #[error("no gradient reached {} of the trainable parameters: {}\n  hint: every layer that is built must be used by the forward pass", parameters.len(), parameters.join(", "))]
     NoGradient {
@@ -95,6 +107,11 @@ pub enum TrainError {
 }
 
 impl TrainError {
+    /// Whether the numbers of a training ran away: another objective of the same plan may train all the same.
+    pub fn diverged(&self) -> bool {
+        matches!(self, Self::NonFiniteLoss { .. } | Self::NonFiniteGradient { .. } | Self::NonFiniteLogit { .. })
+    }
+
     /// A [`TrainError::Config`].
     pub fn config(what: impl Into<String>, hint: &'static str) -> Self {
         Self::Config { what: what.into(), hint }

@@ -82,11 +82,13 @@ pub use evaluate::{Evaluation, ImageResult, evaluate, image_tensor};
 pub use memory::{Entry, MemoryBank};
 pub use metrics_log::{read_metrics, read_validation};
 pub use objective::{Objective, Setting, TermValue};
-pub use optim::{Sgd, global_norm};
+pub use optim::{Adam, AdamConfig, Optimizer, Sgd, global_norm};
 pub use schedule::{PolySchedule, WeightSchedule};
 pub use stage::{Observer, StageData, StageOutcome, StepRecord, ValRecord, run_stage};
 pub use step::{Pair, StepInputs, at_grid};
-pub use terms::{AceRule, CriticForm, KdNormaliser, Nodes, PairForm, ScheduleConfig, Taps, TermConfig, TermKind};
+pub use terms::{
+    AceRule, CriticForm, CriticOptimizer, KdNormaliser, Nodes, PairForm, ScheduleConfig, Taps, TermConfig, TermKind,
+};
 
 /// The README's example, compiled and run with the documentation tests.
 #[cfg(doctest)]

@@ -235,12 +235,13 @@ impl Objective {
                 };
                 Own::Memory(Box::new(MemoryBank::new(entry, self.n_classes, *slots, to, setting.seed)?))
             }
-            TermKind::Holistic { form, condition, critic_weight, penalty, lr, width } => {
+            TermKind::Holistic { form, condition, critic_weight, penalty, optimizer, lr, width } => {
                 let cfg = CriticConfig {
                     form: *form,
                     condition: *condition,
                     weight: *critic_weight,
                     penalty: *penalty,
+                    optimizer: *optimizer,
                     lr: *lr,
                     width: *width,
                 };
@@ -404,10 +405,10 @@ impl Objective {
                 let cfg = Ifvd { n_classes: self.n_classes };
                 ifvd(&p.student_nchw, &p.teacher_nchw, &p.labels_nhw, &p.valid_nhw, &cfg)
             }
-            TermKind::PairWise { nodes, patch, form, .. } => {
+            TermKind::PairWise { nodes, patch, positions, form, .. } => {
                 let p = pair(own)?;
                 let (_, _, h, w) = p.student_nchw.dims4()?;
-                let side = |size: usize| ((size as f64 * patch) as usize).max(1);
+                let side = |size: usize| positions.unwrap_or((size as f64 * patch) as usize).max(1);
                 let pooled = |kind| Some(NodePooling { kernel: [side(h), side(w)], kind });
                 let nodes = match nodes {
                     Nodes::Max => pooled(NodeKind::Max),
@@ -446,12 +447,12 @@ impl Objective {
         Ok(loss?)
     }
 
-    /// One step of the discriminator on the maps its term last saw; its loss, if there is one.
+    /// One step of the discriminator on the maps its term last saw, of `samples`; its loss, if there is one.
     ///
     /// # Errors
     /// `NonFiniteLoss` and what the operations report.
-    pub fn train_critic(&mut self, step: u64) -> Result<Option<f64>> {
-        self.critic.as_mut().map(|critic| critic.step(step)).transpose().map(Option::flatten)
+    pub fn train_critic(&mut self, step: u64, samples: &[String]) -> Result<Option<f64>> {
+        self.critic.as_mut().map(|critic| critic.step(step, samples)).transpose().map(Option::flatten)
     }
 
     /// Everything the terms own, for the checkpoint.

@@ -9,7 +9,8 @@ use std::time::Instant;
 use candle_core::{DType, Device, Tensor};
 
 use segdistill_data::{Batch, Dataset, Loader, LoaderConfig, stats::Stats, transform::TrainTransform};
-use segdistill_eval::Scores;
+use segdistill_eval::{EvalError, Scores};
+use segdistill_losses::enet_weights;
 use segdistill_models::{Frozen, build};
 use segdistill_ops::{Mode, NamedParam, ParamStore, graph};
 
@@ -19,7 +20,7 @@ use crate::error::{Result, TrainError};
 use crate::evaluate::evaluate;
 use crate::metrics_log::MetricsLog;
 use crate::objective::{Objective, Setting, TermValue};
-use crate::optim::{Sgd, global_norm};
+use crate::optim::{Optimizer, Sgd, global_norm};
 use crate::schedule::PolySchedule;
 use crate::step::StepInputs;
 
@@ -167,7 +168,7 @@ pub fn run_stage(
     loop {
         let due = state.step > 0 && (state.step.is_multiple_of(stage.eval_every) || state.step == stage.steps);
         if due && state.validated < state.step {
-            let scores = validate(stage, &store, data)?;
+            let scores = validate(stage, &store, data, state.step)?;
             if !scores.miou.is_finite() {
                 let what = format!("val mIoU is {} at step {}: no pixel of val has a class", scores.miou, state.step);
                 return Err(TrainError::config(what, "evaluate on a split with labels"));
@@ -207,7 +208,7 @@ pub fn run_stage(
         let scale = if clip > 0.0 && norm > clip { clip / norm } else { 1.0 };
         let lr = schedule.at(t);
         sgd.step(&grads, lr, scale)?;
-        let critic = objective.train_critic(t)?;
+        let critic = objective.train_critic(t, &batch.names)?;
         state.step += 1;
 
         let record = StepRecord {
@@ -300,22 +301,26 @@ fn loader_config(stage: &Stage) -> LoaderConfig {
 
 /// Class weights of `scheme` from the labels of the training split.
 fn class_weights(scheme: ClassWeighting, train: &dyn Dataset) -> Result<Option<Vec<f64>>> {
-    let weights = |f: fn(f64) -> f64| -> Result<Option<Vec<f64>>> {
-        let stats = Stats::of(train)?;
-        Ok(Some(stats.median_frequency_weights().into_iter().map(f).collect()))
-    };
-    match scheme {
-        ClassWeighting::None => Ok(None),
-        ClassWeighting::MedianFrequency => weights(|w| w),
-        ClassWeighting::SqrtMedianFrequency => weights(f64::sqrt),
-    }
+    let median = || -> Result<Vec<f64>> { Ok(Stats::of(train)?.median_frequency_weights()) };
+    Ok(match scheme {
+        ClassWeighting::None => None,
+        ClassWeighting::MedianFrequency => Some(median()?),
+        ClassWeighting::SqrtMedianFrequency => Some(median()?.into_iter().map(f64::sqrt).collect()),
+        ClassWeighting::Enet => Some(enet_weights(&Stats::of(train)?.class_shares())),
+    })
 }
 
-/// Scores of the present weights on val, whole images, running statistics, no graph, f32 products.
-fn validate(stage: &Stage, store: &ParamStore, data: &StageData<'_>) -> Result<Scores> {
+/// Scores of the weights after `step` on val, whole images, running statistics, no graph, f32 products.
+fn validate(stage: &Stage, store: &ParamStore, data: &StageData<'_>, step: u64) -> Result<Scores> {
     let frozen = Frozen::new(&stage.model, store.tensors(), store.dtype(), data.device)?;
     let logits = |images: &Tensor| Ok(frozen.forward(images)?.logits_nchw);
-    Ok(evaluate(&logits, data.val, stage.input.size, data.device, &mut |_| Ok(()))?.confusion.scores())
+    match evaluate(&logits, data.val, stage.input.size, data.device, &mut |_| Ok(())) {
+        Ok(done) => Ok(done.confusion.scores()),
+        Err(TrainError::Eval(EvalError::NonFinite { class, value, .. })) => {
+            Err(TrainError::NonFiniteLogit { value, class, step })
+        }
+        Err(other) => Err(other),
+    }
 }
 
 /// The losses to differentiate, each with its weight, and every term's value, all finite.
@@ -368,4 +373,43 @@ fn blame_gradient(
         blamed = names;
     }
     TrainError::NonFiniteGradient { parameter: parameter.into(), terms: blamed, step, samples: batch.names.clone() }
+}
+
+#[cfg(test)]
+mod tests {
+    use segdistill_data::{Split, StreetScenes, StreetScenesConfig};
+
+    use super::*;
+
+    #[test]
+    fn class_weights_are_those_of_the_labels() {
+        let cfg = StreetScenesConfig { height: 32, width: 48, seed: 5, variety: 1.0, n_train: 4, n_val: 1, n_test: 1 };
+        let scenes = StreetScenes::new(cfg, Split::Train).unwrap();
+        let n_classes = scenes.classes().n_classes();
+        // Pixels of each class, and pixels of the images that hold it.
+        let (mut pixels, mut beside) = (vec![0.0f64; n_classes], vec![0.0f64; n_classes]);
+        for i in 0..scenes.len() {
+            let ids = scenes.sample(i).unwrap().labels.ids;
+            for class in 0..n_classes {
+                let found = ids.iter().filter(|id| usize::from(**id) == class).count() as f64;
+                pixels[class] += found;
+                beside[class] += if found > 0.0 { ids.len() as f64 } else { 0.0 };
+            }
+        }
+        let total: f64 = pixels.iter().sum();
+        let present = |class: &usize| pixels[*class] > 0.0;
+        let mut frequencies: Vec<f64> = (0..n_classes).filter(present).map(|c| pixels[c] / beside[c]).collect();
+        frequencies.sort_by(f64::total_cmp);
+        let k = frequencies.len();
+        let median = (frequencies[(k - 1) / 2] + frequencies[k / 2]) / 2.0;
+        let of = |scheme| class_weights(scheme, &scenes).unwrap();
+        assert_eq!(of(ClassWeighting::None), None);
+        let near = |found: f64, expected: f64| assert!((found / expected - 1.0).abs() < 1e-12, "{found}, {expected}");
+        for class in (0..n_classes).filter(present) {
+            let by_median = median / (pixels[class] / beside[class]);
+            near(of(ClassWeighting::MedianFrequency).unwrap()[class], by_median);
+            near(of(ClassWeighting::SqrtMedianFrequency).unwrap()[class], by_median.sqrt());
+            near(of(ClassWeighting::Enet).unwrap()[class], 1.0 / (1.02 + pixels[class] / total).ln());
+        }
+    }
 }

@@ -12,7 +12,7 @@ use crate::error::{Result, TrainError};
 
 mod settings;
 
-pub use settings::{AceRule, CriticForm, KdNormaliser, Nodes, PairForm, ScheduleConfig, Taps};
+pub use settings::{AceRule, CriticForm, CriticOptimizer, KdNormaliser, Nodes, PairForm, ScheduleConfig, Taps};
 
 /// One term of the objective (equation 6 of the patent is two of them).
 ///
@@ -195,6 +195,9 @@ pub enum TermKind {
         /// Side of a patch as a share of the map's side, in (0, 1].
         #[serde(default = "defaults::half")]
         patch: f64,
+        /// Side of a patch in positions, instead of a share.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        positions: Option<usize>,
         /// The paper's normaliser and gradient, or the code's.
         #[serde(default)]
         form: PairForm,
@@ -258,6 +261,9 @@ pub enum TermKind {
         /// Weight of the gradient penalty within it.
         #[serde(default = "defaults::ten")]
         penalty: f64,
+        /// What moves the discriminator's weights.
+        #[serde(default)]
+        optimizer: CriticOptimizer,
         /// Peak learning rate of the discriminator; it decays as the student's, without warm-up.
         #[serde(default = "defaults::critic_lr")]
         lr: f64,
@@ -444,9 +450,10 @@ impl TermKind {
                 some("groups", *groups)?;
                 positive("temperature", *temperature)
             }
-            Self::PairWise { patch, .. } => {
+            Self::PairWise { patch, positions, .. } => {
                 positive("patch", *patch)?;
-                share("patch", *patch)
+                share("patch", *patch)?;
+                some("positions", positions.unwrap_or(1))
             }
             Self::CirkdMiniBatch { temperature, pooling, .. } => {
                 positive("temperature", *temperature)?;

@@ -3,10 +3,10 @@
 mod common;
 
 use candle_core::Device;
-use common::{World, stage};
+use common::{World, other_teacher, small, stage};
 use segdistill_models::Frozen;
 use segdistill_ops::testing::devices_with_convolution;
-use segdistill_train::{Observer, StageData, StepRecord, TermKind, checkpoint, run_stage};
+use segdistill_train::{Observer, Stage, StageData, StepRecord, TermKind, checkpoint, run_stage};
 
 /// Keeps the loss of every step.
 #[derive(Default)]
@@ -15,6 +15,17 @@ struct Losses(Vec<f64>);
 impl Observer for Losses {
     fn on_step(&mut self, record: &StepRecord) {
         self.0.push(record.loss);
+    }
+}
+
+/// Keeps the terms of every step.
+#[derive(Default)]
+struct Terms(Vec<(String, f64)>);
+
+impl Observer for Terms {
+    fn on_step(&mut self, record: &StepRecord) {
+        self.0.extend(record.terms.iter().map(|t| (t.name.clone(), t.value.unwrap())));
+        self.0.extend(record.critic.map(|loss| ("critic".to_string(), loss)));
     }
 }
 
@@ -47,6 +58,32 @@ fn every_device_repeats_itself_and_starts_like_the_cpu() {
             let allowed = if step == 0 { 1e-4 } else { 5e-2 };
             let distance = (found - expected).abs() / expected;
             assert!(distance <= allowed, "step {step}: loss {found} on {device:?}, {expected} on the CPU");
+        }
+    }
+}
+
+/// Every loss, with all that the terms own, in one objective: each is at the first step what the CPU makes of it.
+#[test]
+fn every_loss_starts_like_the_cpu() {
+    let terms: Vec<(TermKind, f64)> =
+        TermKind::NAMES.into_iter().filter(|name| *name != "aux").map(|name| (small(name), 1e-4)).collect();
+    let stage = Stage { steps: 3, ..stage(&terms) };
+    let run = |device: &Device| {
+        let (folder, world) = (tempfile::tempdir().unwrap(), World::new());
+        let teacher = other_teacher(device);
+        let data = StageData { device, teacher: Some((&teacher, "seed 99")), ..world.data() };
+        let mut seen = Terms::default();
+        run_stage(&stage, folder.path(), &data, false, &mut seen).unwrap();
+        seen.0
+    };
+    let on_cpu = run(&Device::Cpu);
+    assert_eq!(on_cpu.len(), 3 * (TermKind::NAMES.len() - 1 + 1), "every term and the discriminator, at every step");
+    for device in devices_with_convolution() {
+        let found = run(&device);
+        assert_eq!(found, run(&device), "two runs differ on {device:?}");
+        for ((name, value), (_, expected)) in found.iter().zip(&on_cpu).take(on_cpu.len() / 3) {
+            let distance = (value - expected).abs() / expected.abs().max(1e-3);
+            assert!(distance <= 1e-3, "{name} is {value} on {device:?}, {expected} on the CPU");
         }
     }
 }

@@ -7,11 +7,11 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use candle_core::{DType, Device, Tensor};
-use common::{World, stage};
-use segdistill_models::{Frozen, ModelSpec};
+use common::{World, other_teacher, small, stage};
 use segdistill_ops::ParamStore;
 use segdistill_train::{
-    Observer, Stage, StageData, StepRecord, Taps, TermKind, TrainError, checkpoint, read_metrics, run_stage,
+    CriticForm, CriticOptimizer, Observer, ScheduleConfig, Stage, StageData, StepRecord, Taps, TermKind, TrainError,
+    checkpoint, read_metrics, run_stage,
 };
 
 struct Silent;
@@ -34,33 +34,6 @@ impl Observer for Records {
     }
 }
 
-/// Unlike the student in everything: network, channels, and the grid of its maps.
-fn teacher() -> Frozen {
-    let spec = ModelSpec { width: 0.25, decoder_channels: 64, ..ModelSpec::new("fcn", "resnet18", 11) };
-    let store = ParamStore::trainable(99, DType::F32, &Device::Cpu);
-    segdistill_models::build(&spec, &store).unwrap();
-    Frozen::new(&spec, store.tensors(), DType::F32, &Device::Cpu).unwrap()
-}
-
-/// `kind` with its memories cut to a size that fills.
-fn small(name: &str) -> TermKind {
-    match TermKind::named(name).unwrap() {
-        TermKind::CirkdPixel { tap, temperature, .. } => {
-            TermKind::CirkdPixel { tap, temperature, slots: 30, contrast: 50, pixels_an_image: 4 }
-        }
-        TermKind::CirkdRegion { tap, temperature, .. } => {
-            TermKind::CirkdRegion { tap, temperature, slots: 5, contrast: 20 }
-        }
-        TermKind::AfDcd { tap, masked, enhanced, temperature, .. } => {
-            TermKind::AfDcd { tap, masked, enhanced, pooling: 1, patch: 4, groups: 4, temperature }
-        }
-        TermKind::Holistic { form, critic_weight, penalty, lr, .. } => {
-            TermKind::Holistic { form, condition: true, critic_weight, penalty, lr, width: 0.125 }
-        }
-        kind => kind,
-    }
-}
-
 fn of_names(names: &[&str]) -> Stage {
     let weight = |name: &str| match name {
         "ce" => 1.0,
@@ -78,7 +51,7 @@ fn names_of(dir: &Path) -> BTreeSet<String> {
 
 #[test]
 fn every_loss_trains_and_leaves_the_student_as_it_is() {
-    let (world, teacher) = (World::new(), teacher());
+    let (world, teacher) = (World::new(), other_teacher(&Device::Cpu));
     let plain: Vec<String> = {
         let store = ParamStore::trainable(0, DType::F32, &Device::Cpu);
         segdistill_models::build(&of_names(&["ce"]).model, &store).unwrap();
@@ -102,11 +75,26 @@ fn every_loss_trains_and_leaves_the_student_as_it_is() {
 
 #[test]
 fn what_the_terms_own_is_resumed_bit_for_bit() {
-    let teacher = teacher();
-    let stage = of_names(&["kd", "holistic", "cirkd-pixel", "cirkd-region", "mgd", "fitnet", "ce"]);
+    let mut stage = of_names(&["kd", "holistic", "cirkd-pixel", "cirkd-region", "mgd", "af-dcd", "fitnet", "ce"]);
+    stage.terms[0].schedule = ScheduleConfig::RampUp;
+    stage.terms[2].schedule = ScheduleConfig::RampDown;
+    resumes(&stage, &["adapters", "critic", "memory-cirkd-pixel", "memory-cirkd-region"]);
+}
+
+#[test]
+fn a_discriminator_of_the_hinge_with_adam_is_resumed_too() {
+    let mut stage = of_names(&["holistic", "ce"]);
+    let TermKind::Holistic { form, optimizer, .. } = &mut stage.terms[0].loss else { panic!("holistic") };
+    (*form, *optimizer) = (CriticForm::Hinge, CriticOptimizer::Adam);
+    resumes(&stage, &["critic"]);
+}
+
+/// Trains `stage` whole and cut in two places: the same student, momentum, `parts` and metrics, bit for bit.
+fn resumes(stage: &Stage, parts: &[&str]) {
+    let teacher = other_teacher(&Device::Cpu);
     let run = |dir: &Path, world: &World, resume, observer: &mut dyn Observer| {
         let data = StageData { teacher: Some((&teacher, "digest")), ..world.data() };
-        run_stage(&stage, dir, &data, resume, observer)
+        run_stage(stage, dir, &data, resume, observer)
     };
     let last = |dir: &Path| checkpoint::load(&checkpoint::find(dir, "last").unwrap().unwrap(), &Device::Cpu).unwrap();
     let bits = |tensors: &BTreeMap<String, Tensor>| checkpoint::to_safetensors(tensors).unwrap();
@@ -116,8 +104,7 @@ fn what_the_terms_own_is_resumed_bit_for_bit() {
     let whole = tempfile::tempdir().unwrap();
     run(whole.path(), &World::new(), false, &mut Silent).unwrap();
     let expected = last(whole.path());
-    let parts: Vec<&str> = expected.parts.keys().map(String::as_str).collect();
-    assert_eq!(parts, ["adapters", "critic", "memory-cirkd-pixel", "memory-cirkd-region"]);
+    assert_eq!(expected.parts.keys().map(String::as_str).collect::<Vec<_>>(), parts);
     for cut in [1, 3] {
         let (dir, world) = (tempfile::tempdir().unwrap(), World::new());
         let stopped = run(dir.path(), &world, false, &mut StopAt(cut, &world.stop));
@@ -134,7 +121,9 @@ fn what_the_terms_own_is_resumed_bit_for_bit() {
     }
     // A part that is changed on disk is refused like the weights themselves.
     let place = checkpoint::find(whole.path(), "last").unwrap().unwrap();
-    assert!(names_of(&place).contains("memory-cirkd-pixel.safetensors"));
+    for part in parts {
+        assert!(names_of(&place).contains(&format!("{part}.safetensors")), "{part}");
+    }
     let path = place.join("critic.safetensors");
     let mut flipped = fs_err::read(&path).unwrap();
     let at = flipped.len() - 3;
@@ -146,7 +135,7 @@ fn what_the_terms_own_is_resumed_bit_for_bit() {
 
 #[test]
 fn adapters_and_discriminator_learn() {
-    let (world, teacher, dir) = (World::new(), teacher(), tempfile::tempdir().unwrap());
+    let (world, teacher, dir) = (World::new(), other_teacher(&Device::Cpu), tempfile::tempdir().unwrap());
     let mut stage = of_names(&["holistic", "fitnet", "ce"]);
     let data = StageData { teacher: Some((&teacher, "digest")), ..world.data() };
     run_stage(&stage, dir.path(), &data, false, &mut Silent).unwrap();
@@ -177,7 +166,7 @@ fn adapters_and_discriminator_learn() {
 
 #[test]
 fn maps_are_asked_for_by_name() {
-    let (world, teacher, dir) = (World::new(), teacher(), tempfile::tempdir().unwrap());
+    let (world, teacher, dir) = (World::new(), other_teacher(&Device::Cpu), tempfile::tempdir().unwrap());
     let with = |tap: Taps| {
         let mut stage = of_names(&["at", "ce"]);
         stage.terms[0].loss = TermKind::At { tap };
@@ -191,7 +180,7 @@ fn maps_are_asked_for_by_name() {
 
 #[test]
 fn a_term_of_weight_0_is_not_computed_and_owns_nothing() {
-    let (world, teacher, dir) = (World::new(), teacher(), tempfile::tempdir().unwrap());
+    let (world, teacher, dir) = (World::new(), other_teacher(&Device::Cpu), tempfile::tempdir().unwrap());
     let mut stage = of_names(&["kd", "cirkd-pixel", "holistic", "mgd", "ce"]);
     for term in &mut stage.terms[1..4] {
         term.weight = 0.0;

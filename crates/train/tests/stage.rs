@@ -184,6 +184,17 @@ fn a_blown_up_loss_names_term_and_samples() {
     assert!(text.contains("optim.lr"), "{text}");
 }
 
+/// The step itself was finite; what it did to the weights shows on val.
+#[test]
+fn logits_that_overflow_on_val_name_the_step() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut stage = stage(&[(TermKind::ce(), 1.0)]);
+    (stage.optim.lr, stage.optim.warmup_steps, stage.eval_every) = (1e30, 0, 1);
+    let error = run_stage(&stage, dir.path(), &World::new().data(), false, &mut Silent).unwrap_err();
+    assert!(matches!(error, TrainError::NonFiniteLogit { step: 1, .. }) && error.diverged(), "{error}");
+    assert!(error.to_string().contains("optim.lr"), "{error}");
+}
+
 #[test]
 fn a_teacher_that_overflows_is_named_by_its_term() {
     let (dir, world) = (tempfile::tempdir().unwrap(), World::new());

@@ -41,7 +41,20 @@ pub(crate) fn run(args: &Reproduce) -> Result<()> {
         println!("{}", written.text);
     }
     eprintln!("report: {}  ({})", written.page.display(), duration(started.elapsed().as_secs_f64()));
+    all_finished(&written.failed)?;
     within_band(&plan.expect, &written.rows)
+}
+
+/// An error, once the report is written, when students are missing from it.
+pub(super) fn all_finished(failed: &[String]) -> Result<()> {
+    if failed.is_empty() {
+        return Ok(());
+    }
+    Err(anyhow::anyhow!(
+        "{}\n  hint: the report of the others is written; lower `optim.lr` or the weight of the term, or set \
+         `optim.clip_norm`, in another --out folder",
+        failed.join("\n")
+    ))
 }
 
 /// Trains and evaluates every stage of a plan in `out` and writes the report there; gives the folder and the report.
@@ -52,9 +65,7 @@ pub(crate) fn run_plan(plan: &Plan, out: &Path, resume: bool) -> Result<(PathBuf
     eprintln!("run folder {}", folder.path().display());
     let pipeline = Pipeline { plan, run: folder.path(), device, interrupt: Interrupt::listen()?, resume };
     let teacher = pipeline.teacher()?;
-    for stage in &plan.students {
-        pipeline.student(stage, Some(&teacher))?;
-    }
+    pipeline.students(&teacher)?;
     let written = report_page::write(&[folder.path().to_path_buf()], &folder.path().join("report"))?;
     Ok((folder.path().to_path_buf(), written))
 }

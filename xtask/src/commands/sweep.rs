@@ -9,7 +9,7 @@ use segdistill_eval::stats::MeanSd;
 use segdistill_eval::table::{ResultRow, write_atomic};
 
 use crate::cli::Sweep;
-use crate::commands::reproduce::{dry_run, run_plan};
+use crate::commands::reproduce::{all_finished, dry_run, run_plan};
 use crate::exit::usage;
 use crate::recipe::{Plan, Variant, Variation};
 
@@ -47,7 +47,7 @@ pub(crate) fn run(args: &Sweep) -> Result<()> {
     }
     eprintln!("sweep: {}", report.join("sweep.csv").display());
     eprintln!("report: {}", written.page.display());
-    Ok(())
+    all_finished(&written.failed)
 }
 
 /// What a point of the grid reached.
@@ -81,8 +81,10 @@ impl<'a> Table<'a> {
     fn csv(&self) -> String {
         let mut out = format!("{},n_seeds,val_miou,val_miou_sd,gain_over_ce\n", self.names.join(","));
         for p in &self.points {
-            let sd = p.val.sd.map_or(String::new(), |sd| sd.to_string());
-            out.push_str(&format!("{},{},{},{sd},{}\n", p.values.join(","), p.val.n, p.val.mean, p.gain));
+            // A point none of whose students finished has no score.
+            let cell = |value: f64| if value.is_finite() { value.to_string() } else { String::new() };
+            let (mean, sd, gain) = (cell(p.val.mean), cell(p.val.sd.unwrap_or(f64::NAN)), cell(p.gain));
+            out.push_str(&format!("{},{},{mean},{sd},{gain}\n", p.values.join(","), p.val.n));
         }
         out
     }
@@ -104,6 +106,9 @@ impl<'a> Table<'a> {
 
     fn text(&self) -> String {
         let score = |m: &MeanSd| {
+            if m.n == 0 {
+                return "diverged".to_string();
+            }
             let sd = m.sd.map_or(String::new(), |sd| format!(" ± {:.2}", 100.0 * sd));
             format!("{:.2}{sd}", 100.0 * m.mean)
         };
@@ -119,7 +124,8 @@ impl<'a> Table<'a> {
             format!("{}{:>14}  {:>6}", cells(self.names), "val mIoU", "gain"),
         ];
         for p in &self.points {
-            lines.push(format!("{}{:>14}  {:>+6.2}", cells(&p.values), score(&p.val), 100.0 * p.gain));
+            let gain = if p.gain.is_finite() { format!("{:+.2}", 100.0 * p.gain) } else { "-".to_string() };
+            lines.push(format!("{}{:>14}  {gain:>6}", cells(&p.values), score(&p.val)));
         }
         lines.push("the best of several settings on val is chosen on val: confirm it on test, once".to_string());
         lines.join("\n")

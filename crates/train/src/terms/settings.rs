@@ -111,6 +111,17 @@ pub enum PairForm {
     Code,
 }
 
+/// What moves the discriminator's weights.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CriticOptimizer {
+    /// With the student's momentum (SKD).
+    #[default]
+    Sgd,
+    /// Moments that decay by 0.9 and 0.99 (CIRKD's re-implementation).
+    Adam,
+}
+
 /// Game between student and discriminator.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

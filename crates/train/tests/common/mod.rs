@@ -6,9 +6,10 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use segdistill_data::{Dataset, Split, StreetScenes, StreetScenesConfig};
-use segdistill_models::ModelSpec;
+use segdistill_models::{Frozen, ModelSpec};
+use segdistill_ops::ParamStore;
 use segdistill_train::{
     ClassWeighting, InputConfig, OptimConfig, ScheduleConfig, Stage, StageData, TermConfig, TermKind,
 };
@@ -47,6 +48,33 @@ pub(crate) fn stage(terms: &[(TermKind, f64)]) -> Stage {
         class_weighting: ClassWeighting::SqrtMedianFrequency,
         eval_every: 3,
         precision: Default::default(),
+    }
+}
+
+/// Unlike the student in everything: network, channels, and the grid of its maps.
+pub(crate) fn other_teacher(device: &Device) -> Frozen {
+    let spec = ModelSpec { width: 0.25, decoder_channels: 64, ..ModelSpec::new("fcn", "resnet18", 11) };
+    let store = ParamStore::trainable(99, DType::F32, &Device::Cpu);
+    segdistill_models::build(&spec, &store).unwrap();
+    Frozen::new(&spec, store.tensors(), DType::F32, device).unwrap()
+}
+
+/// `kind` with its memories cut to a size that fills.
+pub(crate) fn small(name: &str) -> TermKind {
+    match TermKind::named(name).unwrap() {
+        TermKind::CirkdPixel { tap, temperature, .. } => {
+            TermKind::CirkdPixel { tap, temperature, slots: 30, contrast: 50, pixels_an_image: 4 }
+        }
+        TermKind::CirkdRegion { tap, temperature, .. } => {
+            TermKind::CirkdRegion { tap, temperature, slots: 5, contrast: 20 }
+        }
+        TermKind::AfDcd { tap, masked, enhanced, temperature, .. } => {
+            TermKind::AfDcd { tap, masked, enhanced, pooling: 1, patch: 4, groups: 4, temperature }
+        }
+        TermKind::Holistic { form, critic_weight, penalty, optimizer, lr, .. } => {
+            TermKind::Holistic { form, condition: true, critic_weight, penalty, optimizer, lr, width: 0.125 }
+        }
+        kind => kind,
     }
 }
 

@@ -92,7 +92,7 @@ fn all_is_the_baseline_and_every_method_that_compares_with_a_teacher_once() {
     };
     let names = |plan: &Plan| plan.students.iter().map(|s| s.method.clone()).collect::<Vec<_>>();
     let all = with("toy", &["all"]);
-    let expected = "ce,ace,af-dcd,at,cirkd,csc,csc+ace,cwd,cwd-features,dist,fitnet,ifvd,kd,mgd,skd";
+    let expected = "ce,ace,af-dcd,at,cirkd,csc,csc+ace,cwd,cwd-features,dist,fitnet,ifvd,kd,mgd,skd,skd-hinge";
     assert_eq!(names(&all).join(","), expected);
     assert!(all.students[1..].iter().all(segdistill_train::Stage::needs_teacher));
     let first = &all.students[0];
