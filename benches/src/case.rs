@@ -66,7 +66,7 @@ impl Group {
             Group::ConvStem => "Convolutions of the image, forward and the weight's gradient",
             Group::Op => "Other operations, forward and backward; the optimizer",
             Group::Csc => "CSC, value and gradient (the peer always computes the letter)",
-            Group::Loss => "Other losses between two networks, value and gradient",
+            Group::Loss => "Other losses, value and gradient",
             Group::Relations => "Relations of pixels, value and gradient",
             Group::Train => "Whole training step: forward, cross entropy, backward, SGD",
             Group::Inference => "Inference, one image",
@@ -141,7 +141,7 @@ pub enum Form {
     Linear,
 }
 
-/// A loss between two networks' maps of equal shape.
+/// A loss of a student's map, of a teacher's map of equal shape, and of labels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum LossKind {
@@ -151,11 +151,35 @@ pub enum LossKind {
     ChannelKl,
     /// Correlations within pixels and within classes.
     Dist,
+    /// Cross entropy over hard pixels.
+    Ohem,
+    /// Soft Dice loss.
+    Dice,
+    /// Lovasz-softmax.
+    Lovasz,
+    /// Each class against the rest.
+    BinaryCrossEntropy,
+    /// Squared distance of features.
+    FeatureMse,
+    /// Attention maps.
+    AttentionTransfer,
+    /// Variation within classes.
+    Ifvd,
 }
 
 impl LossKind {
-    /// All.
-    pub const ALL: [LossKind; 3] = [LossKind::PixelKl, LossKind::ChannelKl, LossKind::Dist];
+    /// Those of logits.
+    pub const OF_LOGITS: [LossKind; 7] = [
+        LossKind::PixelKl,
+        LossKind::ChannelKl,
+        LossKind::Dist,
+        LossKind::Ohem,
+        LossKind::Dice,
+        LossKind::Lovasz,
+        LossKind::BinaryCrossEntropy,
+    ];
+    /// Those of features.
+    pub const OF_FEATURES: [LossKind; 3] = [LossKind::FeatureMse, LossKind::AttentionTransfer, LossKind::Ifvd];
 
     /// Name in tables and filters.
     pub fn name(self) -> &'static str {
@@ -163,6 +187,21 @@ impl LossKind {
             LossKind::PixelKl => "pixel-kl",
             LossKind::ChannelKl => "channel-kl",
             LossKind::Dist => "dist",
+            LossKind::Ohem => "ohem",
+            LossKind::Dice => "dice",
+            LossKind::Lovasz => "lovasz",
+            LossKind::BinaryCrossEntropy => "binary-cross-entropy",
+            LossKind::FeatureMse => "feature-mse",
+            LossKind::AttentionTransfer => "attention-transfer",
+            LossKind::Ifvd => "ifvd",
+        }
+    }
+
+    /// Largest relative distance of f32 from f64: where a sort or a threshold decides, a pixel may fall on the other side.
+    pub(crate) fn tolerance(self) -> f64 {
+        match self {
+            LossKind::Ohem | LossKind::Lovasz => 1e-3,
+            _ => 1e-5,
         }
     }
 }

@@ -16,6 +16,8 @@ pub const CLASSES: usize = 11;
 /// Maps of logits that losses between networks compare, at stride 4: CamVid's of the training step, and Cityscapes' of
 /// eight crops of 512 x 1024.
 pub const LOGITS: [[usize; 4]; 2] = [[TRAIN[0], CLASSES, 88, 120], [8, 19, 128, 256]];
+/// Features of four crops of 512 x 1024 at stride 8.
+pub const FEATURES: [usize; 4] = [4, 128, 64, 128];
 
 /// Every case.
 ///
@@ -49,9 +51,10 @@ pub fn cases() -> Result<Vec<Case>> {
             }
         }
     }
-    for kind in LossKind::ALL {
+    for kind in LossKind::OF_LOGITS {
         all.extend(LOGITS.map(|input| loss(kind, input)));
     }
+    all.extend(LossKind::OF_FEATURES.map(|kind| loss(kind, FEATURES)));
     all.extend(relations());
     for encoder in ["resnet18", "resnet34", "xception65"] {
         all.push(network(encoder, true)?);

@@ -173,6 +173,13 @@ mod tests {
             "pixel-kl/11c-4x88x120",
             "channel-kl/11c-4x88x120",
             "dist/11c-4x88x120",
+            "ohem/11c-4x88x120",
+            "dice/11c-4x88x120",
+            "lovasz/11c-4x88x120",
+            "binary-cross-entropy/11c-4x88x120",
+            "feature-mse/128c-4x64x128",
+            "attention-transfer/128c-4x64x128",
+            "ifvd/128c-4x64x128",
         ] {
             let case = all.iter().find(|case| case.name == name).unwrap();
             let mut workload = prepare(case, Precision::F32).unwrap();

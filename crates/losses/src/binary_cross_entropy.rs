@@ -121,8 +121,7 @@ impl HostLoss for Each {
                 sum += vectorised(
                     #[inline(always)]
                     || {
-                        for i in 0..len {
-                            let (z, t) = (z[i], t[i]);
+                        for (((loss, grad), &z), &t) in losses.iter_mut().zip(&mut *row).zip(z).zip(t) {
                             let size = if z < T::zero() { T::zero() - z } else { z };
                             let e = (T::zero() - size).exp();
                             let u = one + e;
@@ -132,11 +131,14 @@ impl HostLoss for Each {
                             let (on, off) = if z < T::zero() { (small, large) } else { (large, small) };
                             let (minus_log_on, minus_log_off) =
                                 if z < T::zero() { (log + size, log) } else { (log, log + size) };
-                            let loss = weight * t * minus_log_on + (one - t) * minus_log_off;
-                            let grad = ((one - t) * on - weight * t * off) * scale;
-                            // A choice, not a product: the logits of a void pixel may be anything, NaN included.
-                            losses[i] = if valid[i] == 1 { loss } else { T::zero() };
-                            row[i] = if valid[i] == 1 { grad } else { T::zero() };
+                            *loss = weight * t * minus_log_on + (one - t) * minus_log_off;
+                            *grad = ((one - t) * on - weight * t * off) * scale;
+                        }
+                        // In a loop of its own, or neither is vector code. A choice, not a product: the logits of a
+                        // void pixel may be anything, NaN included.
+                        for ((loss, grad), &valid) in losses.iter_mut().zip(&mut *row).zip(valid) {
+                            *loss = if valid == 1 { *loss } else { T::zero() };
+                            *grad = if valid == 1 { *grad } else { T::zero() };
                         }
                         block_sums([&*losses], |[loss]| [loss])[0]
                     },
