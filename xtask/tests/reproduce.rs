@@ -32,6 +32,9 @@ fn tiny(out: &Path, more: &[&str]) -> Output {
         args.extend(["--set", set]);
     }
     args.extend(["--set", "input.size=[32,48]", "--set", "input.crop=[32,48]"]);
+    if !more.contains(&"--methods") {
+        args.extend(["--methods", "ce,csc+ce"]);
+    }
     args.extend(more);
     xtask(&args)
 }

@@ -63,6 +63,7 @@
 
 pub mod checkpoint;
 mod config;
+mod cost;
 mod critic;
 mod error;
 mod evaluate;
@@ -77,6 +78,7 @@ mod step;
 mod terms;
 
 pub use config::{ClassWeighting, InputConfig, OptimConfig, PrecisionName, Stage};
+pub use cost::step_seconds;
 pub use error::{Result, TrainError};
 pub use evaluate::{Evaluation, ImageResult, evaluate, image_tensor};
 pub use memory::{Entry, MemoryBank};

@@ -348,7 +348,7 @@ fn finite_losses(terms: Vec<TermValue>, step: u64, batch: &Batch) -> Result<(Vec
 }
 
 /// A loss with the gradient of `weight * loss` with respect to it.
-fn weighted(loss: Tensor, weight: f64) -> Result<(Tensor, Tensor)> {
+pub(crate) fn weighted(loss: Tensor, weight: f64) -> Result<(Tensor, Tensor)> {
     let seed = Tensor::full(weight, loss.shape(), loss.device())?.to_dtype(loss.dtype())?;
     Ok((loss, seed))
 }

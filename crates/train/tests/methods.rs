@@ -11,7 +11,7 @@ use common::{World, other_teacher, small, stage};
 use segdistill_ops::ParamStore;
 use segdistill_train::{
     CriticForm, CriticOptimizer, Observer, ScheduleConfig, Stage, StageData, StepRecord, Taps, TermKind, TrainError,
-    checkpoint, read_metrics, run_stage,
+    checkpoint, read_metrics, run_stage, step_seconds,
 };
 
 struct Silent;
@@ -131,6 +131,18 @@ fn resumes(stage: &Stage, parts: &[&str]) {
     fs_err::write(&path, flipped).unwrap();
     let error = checkpoint::load(&place, &Device::Cpu).unwrap_err().to_string();
     assert!(error.contains("critic.safetensors") && error.contains("sha256"), "{error}");
+}
+
+#[test]
+fn a_step_is_timed_before_training() {
+    let teacher = other_teacher(&Device::Cpu);
+    let stage = of_names(&["kd", "holistic", "cirkd-pixel", "ifvd", "ce"]);
+    let seconds = step_seconds(&stage, Some(&teacher), 2, &Device::Cpu).unwrap();
+    assert!(seconds > 0.0 && seconds.is_finite(), "{seconds}");
+    let error = step_seconds(&stage, None, 2, &Device::Cpu).unwrap_err().to_string();
+    assert!(error.contains("no teacher"), "{error}");
+    let blind = Stage { batch_size: 0, ..stage };
+    assert!(step_seconds(&blind, Some(&teacher), 2, &Device::Cpu).unwrap_err().to_string().contains("batch_size"));
 }
 
 #[test]

@@ -4,13 +4,13 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::Result;
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device};
 
 use segdistill_eval::stats::MeanSd;
 use segdistill_eval::table::ResultRow;
-use segdistill_models::{build, macs};
-use segdistill_ops::{Mode, ParamStore, rng::Stream};
-use segdistill_train::Stage;
+use segdistill_models::{Frozen, build, macs};
+use segdistill_ops::ParamStore;
+use segdistill_train::{Stage, step_seconds};
 
 use crate::cli::{RecipeArgs, Reproduce};
 use crate::exit::{OUT_OF_BAND, coded};
@@ -110,21 +110,18 @@ fn within_band(expect: &Expect, rows: &[ResultRow]) -> Result<()> {
     Err(coded(OUT_OF_BAND, why))
 }
 
-/// Prints what would run: networks, MACs, and the time from one measured step of each network.
+/// Prints what would run: networks, MACs, and the time from one measured step of each method.
 pub(super) fn dry_run(plan: &Plan, device: &Device, json: bool) -> Result<()> {
-    let mut rows = Vec::new();
-    let mut forward_of_teacher = 0.0;
+    // Weights do not matter to time: those of a teacher are drawn.
+    let drawn = ParamStore::trainable(0, DType::F32, device);
+    build(&plan.teacher.model, &drawn)?;
+    let teacher = Frozen::new(&plan.teacher.model, drawn.tensors(), DType::F32, device)?;
+    let mut rows: Vec<(&Stage, Cost, f64)> = Vec::new();
     for stage in std::iter::once(&plan.teacher).chain(&plan.students) {
-        let known = rows.iter().find(|(s, _, _): &&(&Stage, Cost, f64)| s.model == stage.model).map(|(_, c, _)| *c);
-        let cost = known.map_or_else(|| measure(stage, device), Ok)?;
-        let is_teacher = stage.method == "teacher";
-        if is_teacher {
-            forward_of_teacher = cost.forward;
-        }
-        let teaching = if stage.needs_teacher() { forward_of_teacher } else { 0.0 };
-        let trained = !is_teacher || plan.teacher_weights.is_none();
-        let seconds =
-            if trained { (cost.step + teaching) * (stage.batch_size as u64 * stage.steps) as f64 } else { 0.0 };
+        let known = rows.iter().find(|(s, _, _)| (&s.model, &s.terms) == (&stage.model, &stage.terms));
+        let cost = known.map_or_else(|| measure(stage, &teacher, device), |(_, cost, _)| Ok(*cost))?;
+        let trained = stage.method != "teacher" || plan.teacher_weights.is_none();
+        let seconds = if trained { cost.step * (stage.batch_size as u64 * stage.steps) as f64 } else { 0.0 };
         rows.push((stage, cost, seconds));
     }
     let total: f64 = rows.iter().map(|(_, _, s)| s).sum();
@@ -142,19 +139,20 @@ pub(super) fn dry_run(plan: &Plan, device: &Device, json: bool) -> Result<()> {
         return Ok(());
     }
     println!("{}", plan.to_toml()?);
+    let name = |stage: &Stage| match stage.method.as_str() {
+        "teacher" => "teacher".to_string(),
+        method => format!("{method} seed {}", stage.seed),
+    };
+    let wide = rows.iter().map(|(stage, ..)| name(stage).len()).max().unwrap_or(0);
     println!(
-        "{:<16} {:<10} {:>6} {:>12} {:>16} {:>7} {:>12}",
+        "{:<wide$} {:<10} {:>6} {:>12} {:>16} {:>7} {:>12}",
         "stage", "encoder", "width", "parameters", "MACs an image", "steps", "time, about"
     );
     for (stage, cost, seconds) in &rows {
-        let name = if stage.method == "teacher" {
-            "teacher".to_string()
-        } else {
-            format!("{} seed {}", stage.method, stage.seed)
-        };
         let mega = format!("{:.1} M", cost.macs as f64 / 1e6);
         println!(
-            "{name:<16} {:<10} {:>6} {:>12} {mega:>16} {:>7} {:>12}",
+            "{:<wide$} {:<10} {:>6} {:>12} {mega:>16} {:>7} {:>12}",
+            name(stage),
             stage.model.encoder,
             stage.model.width,
             cost.params,
@@ -168,7 +166,7 @@ pub(super) fn dry_run(plan: &Plan, device: &Device, json: bool) -> Result<()> {
         );
     }
     println!(
-        "\ntraining takes about {} here in {}{}, evaluation comes on top (from one measured step of each network)",
+        "\ntraining takes about {} here in {}{}, evaluation comes on top (from one measured step of each method)",
         duration(total),
         plan.teacher.precision.name(),
         plan.kernels().map_or(String::new(), |name| format!(" ({name})")),
@@ -176,43 +174,23 @@ pub(super) fn dry_run(plan: &Plan, device: &Device, json: bool) -> Result<()> {
     Ok(())
 }
 
-/// Size of a network, and seconds an image on this machine.
+/// Size of a network, and seconds of a training step an image on this machine.
 #[derive(Clone, Copy)]
 struct Cost {
     params: usize,
     macs: u64,
-    forward: f64,
     step: f64,
 }
 
 /// Pixels of the crops of a measured step, about: large crops are few, so that a dry run fits where the run would not.
 const MEASURED_PIXELS: usize = 4 * 360 * 480;
 
-/// Times a training step of a few crops: the fastest of three after one that warms up, or the second where steps are slow.
-fn measure(stage: &Stage, device: &Device) -> Result<Cost> {
-    const SLOW: f64 = 5.0;
-    let store = ParamStore::trainable(0, DType::F32, device).with_precision(stage.precision);
-    let network = build(&stage.model, &store)?;
+/// Times a training step of a few crops.
+fn measure(stage: &Stage, teacher: &Frozen, device: &Device) -> Result<Cost> {
     let [h, w] = stage.input.crop;
     // Two at least, where the batch has them: a normalisation after pooling to one pixel needs more than one value.
     let n_images = (MEASURED_PIXELS / (h * w).max(1)).clamp(2, 4).min(stage.batch_size);
-    let mut stream = Stream::new(0, "dry-run", &[]);
-    let values: Vec<f32> = (0..n_images * 3 * h * w).map(|_| stream.unit() as f32).collect();
-    let images = Tensor::from_vec(values, (n_images, 3, h, w), device)?;
-    let (mut forward, mut step) = (f64::INFINITY, f64::INFINITY);
-    for round in 0..4 {
-        let clock = Instant::now();
-        let logits = network.forward(&images, Mode::Train { seed: 0, step: round })?.logits_nchw;
-        let there = clock.elapsed().as_secs_f64();
-        logits.sqr()?.mean_all()?.backward()?;
-        let back = clock.elapsed().as_secs_f64();
-        if round > 0 {
-            forward = forward.min(there / n_images as f64);
-            step = step.min(back / n_images as f64);
-        }
-        if round > 0 && back > SLOW {
-            break;
-        }
-    }
-    Ok(Cost { params: network.info().n_parameters, macs: macs(&stage.model, stage.input.size)?, forward, step })
+    let step = step_seconds(stage, Some(teacher), n_images, device)? / n_images as f64;
+    let params = segdistill_models::info(&stage.model)?.n_parameters;
+    Ok(Cost { params, macs: macs(&stage.model, stage.input.size)?, step })
 }

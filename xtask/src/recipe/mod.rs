@@ -15,6 +15,7 @@ use anyhow::Result;
 use serde::Deserialize;
 use toml::Value;
 
+use segdistill_data::Manifest;
 use segdistill_models::ModelSpec;
 use segdistill_ops::Precision;
 use segdistill_train::{
@@ -168,6 +169,9 @@ const ALL: &str = "all";
 /// The objective that teachers are trained with and gains are measured against.
 const BASELINE: &str = "ce";
 
+/// Data sets without a reader here, for which sources give weights of their own.
+const PUBLISHED: [&str; 3] = ["ade20k", "coco-stuff", "voc"];
+
 /// A recipe and the keys its user wrote, as opposed to those of embedded recipes.
 struct Read {
     recipe: Recipe,
@@ -185,8 +189,26 @@ impl Recipe {
         let recipe =
             recipe.map_err(|e| usage!("recipe `{}`: {}", args.recipe, e.to_string().trim().replace('\n', " ")))?;
         let mut recipe = recipe;
+        recipe.check_data_sets()?;
         recipe.prefer_written(&merged.written);
         Ok(Read { recipe, written: merged.written })
+    }
+
+    /// Refuses terms for a data set that nobody knows: a slip of the pen would leave them unused.
+    fn check_data_sets(&self) -> Result<()> {
+        let known: Vec<&str> = Manifest::known().into_iter().chain(PUBLISHED).collect();
+        for (name, objective) in &self.objectives {
+            if let Some(unknown) = objective.on.keys().find(|id| !known.contains(&id.as_str())) {
+                let near = layers::nearest(unknown, known.iter().copied());
+                let near = near.map_or(String::new(), |near| format!("; did you mean `{near}`?"));
+                return Err(usage!(
+                    "[objectives.{name}.on.{unknown}]: unknown data set, known: {}{near}\n  hint: terms for every data set \
+                     stand in [objectives.{name}]",
+                    known.join(", ")
+                ));
+            }
+        }
+        Ok(())
     }
 
     /// The methods asked for, `all` written out: the baseline, then every objective that compares with a teacher, each

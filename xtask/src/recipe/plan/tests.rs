@@ -114,6 +114,11 @@ fn all_is_the_baseline_and_every_method_that_compares_with_a_teacher_once() {
     let mut own = args("camvid", &[r#"objectives.af-dcd.terms=[{ loss = "kd", weight = 7.0 }]"#]);
     (own.methods, own.data_root) = (Some(vec!["af-dcd".into()]), Some(std::env::temp_dir()));
     assert_eq!(Plan::resolve(&own).unwrap().students[0].terms[0].weight, 7.0, "what was written stands");
+    // Those of a data set that nobody knows would stand there unused.
+    let slip = args("toy", &[r#"objectives.kd.on.cityscape.terms=[{ loss = "kd", weight = 7.0 }]"#]);
+    let error = Plan::resolve(&slip).unwrap_err();
+    assert_eq!(crate::exit::code_of(&error), 2);
+    assert!(format!("{error:#}").contains("did you mean `cityscapes`?"), "{error:#}");
 }
 
 #[test]
