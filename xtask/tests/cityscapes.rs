@@ -1,49 +1,20 @@
 //! Cityscapes through the binary: a tree of few pictures is checked, counted and shown; what a network predicts is scored
 //! as label ids, from one flat folder or from city folders.
 
+mod common;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use candle_core::{DType, Device};
+use common::{good, refused, text, xtask};
 use segdistill_data::preview::{read_image, read_labels, write_label_png, write_png};
 use segdistill_data::{LabelMap, RgbImage};
 use segdistill_models::weights::{export, save};
 use segdistill_models::{ModelSpec, build};
 use segdistill_ops::ParamStore;
 use serde_json::Value;
-
-fn xtask(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_xtask"))
-        .args(args)
-        .env_remove("SEGDISTILL_DATA_DIR")
-        .env_remove("RUST_LOG")
-        .env("HF_HUB_OFFLINE", "1")
-        .output()
-        .unwrap()
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
-
-/// What a successful run printed.
-#[track_caller]
-fn good(args: &[&str]) -> String {
-    let out = xtask(args);
-    assert!(out.status.success(), "{args:?}\n{}\n{}", text(&out.stdout), text(&out.stderr));
-    text(&out.stdout)
-}
-
-#[track_caller]
-fn refused(args: &[&str], code: i32, said: &[&str]) {
-    let out = xtask(args);
-    let message = text(&out.stderr);
-    assert_eq!(out.status.code(), Some(code), "{args:?}\n{message}");
-    for word in said {
-        assert!(message.contains(word), "{args:?} does not say `{word}`:\n{message}");
-    }
-}
 
 const TRAIN: [&str; 2] = ["aachen_000000_000019", "zurich_000000_000019"];
 const VAL: [&str; 2] = ["frankfurt_000000_000294", "munster_000000_000019"];

@@ -2,9 +2,11 @@
 //!
 //! The run folders are written by hand, as a finished run leaves them; nothing is trained.
 
-use std::path::Path;
-use std::process::{Command, Output};
+mod common;
 
+use std::path::Path;
+
+use common::{text, xtask};
 use serde_json::{Value, json};
 
 use segdistill_eval::table::{
@@ -12,17 +14,9 @@ use segdistill_eval::table::{
 };
 use segdistill_eval::{Confusion, Summary};
 
-fn xtask(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_xtask")).args(args).env_remove("SEGDISTILL_DATA_DIR").output().unwrap()
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
-
 /// The plan of a small run, resolved by the program: as TOML and as JSON.
 fn plan() -> (String, Value) {
-    let mut args = vec!["reproduce", "--dry-run", "--seeds", "0,1"];
+    let mut args = vec!["reproduce", "--dry-run", "--seeds", "0,1", "--methods", "ce,csc+ce"];
     for set in ["teacher.width=0.125", "student.width=0.125", "input.size=[32,48]", "input.crop=[32,48]"] {
         args.extend(["--set", set]);
     }

@@ -1,7 +1,11 @@
 //! The main job through the binary, on networks and scenes small enough for seconds.
 
+mod common;
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+
+use common::{succeeded, text, xtask};
 
 /// Settings of a run that takes seconds.
 const TINY: [&str; 14] = [
@@ -21,10 +25,6 @@ const TINY: [&str; 14] = [
     "expect.teacher_val_miou=0.0",
 ];
 
-fn xtask(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_xtask")).args(args).env_remove("SEGDISTILL_DATA_DIR").output().unwrap()
-}
-
 fn tiny(out: &Path, more: &[&str]) -> Output {
     let out = out.to_str().unwrap();
     let mut args = vec!["reproduce", "--out", out, "--seeds", "0,1", "--set", "expect.teacher_above_students=false"];
@@ -39,14 +39,6 @@ fn tiny(out: &Path, more: &[&str]) -> Output {
     xtask(&args)
 }
 
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
-
-fn good(out: &Output) {
-    assert!(out.status.success(), "{}\n{}", text(&out.stdout), text(&out.stderr));
-}
-
 fn read(path: PathBuf) -> String {
     fs_err::read_to_string(path).unwrap()
 }
@@ -55,7 +47,7 @@ fn read(path: PathBuf) -> String {
 fn a_run_repeats_and_resumes_to_the_same_results() {
     let dir = tempfile::tempdir().unwrap();
     let (a, b) = (dir.path().join("a"), dir.path().join("b"));
-    good(&tiny(&a, &[]));
+    succeeded(&tiny(&a, &[]));
     for file in ["index.html", "report.md", "results.csv", "results.parquet", "results.json", "timings.csv"] {
         assert!(a.join("report").join(file).metadata().unwrap().len() > 50, "{file}");
     }
@@ -66,11 +58,11 @@ fn a_run_repeats_and_resumes_to_the_same_results() {
     for (role, method, n) in [("teacher", "ce", 3), ("student", "ce", 6), ("student", "csc+ce", 6)] {
         assert_eq!(rows.iter().filter(|r| r[1] == role && r[0] == method).count(), n, "{role} {method}\n{results}");
     }
-    good(&tiny(&b, &[]));
+    succeeded(&tiny(&b, &[]));
     assert_eq!(read(b.join("report/results.csv")), results, "the same seed gives the same file");
 
     // A second run of the same folder keeps the first.
-    good(&tiny(&b, &[]));
+    succeeded(&tiny(&b, &[]));
     assert_eq!(read(b.join("report/results.csv")), results);
     assert_eq!(read(dir.path().join("b-1/report/results.csv")), results, "the earlier run is kept");
 
@@ -79,7 +71,7 @@ fn a_run_repeats_and_resumes_to_the_same_results() {
     fs_err::remove_dir_all(b.join("csc+ce/seed-1/eval")).unwrap();
     fs_err::remove_dir_all(b.join("ce/seed-0")).unwrap();
     let kept = b.join("teacher/final/model.safetensors").metadata().unwrap().modified().unwrap();
-    good(&tiny(&b, &["--resume"]));
+    succeeded(&tiny(&b, &["--resume"]));
     assert_eq!(read(b.join("report/results.csv")), results, "resumed results are those of the whole run");
     assert_eq!(b.join("teacher/final/model.safetensors").metadata().unwrap().modified().unwrap(), kept);
 
@@ -111,7 +103,7 @@ fn of_one_precision(run: &Path) {
     let older = plan.replace("precision = \"f32\"\n", "");
     assert!(older.len() < plan.len(), "{plan}");
     fs_err::write(run.join("plan.toml"), older).unwrap();
-    good(&tiny(run, &["--resume"]));
+    succeeded(&tiny(run, &["--resume"]));
     assert_eq!(read(run.join("plan.toml")), plan);
 }
 
@@ -119,12 +111,12 @@ fn of_one_precision(run: &Path) {
 fn later_commands(run: &Path) {
     let at = |p: &str| run.join(p).to_str().unwrap().to_string();
     let html = read(run.join("report/index.html"));
-    good(&xtask(&["report", &at("")]));
+    succeeded(&xtask(&["report", &at("")]));
     assert_eq!(read(run.join("report/index.html")), html, "the report is a function of the run folder");
     assert_eq!(xtask(&["report", &at(""), &at("")]).status.code(), Some(2), "several runs need --out");
 
     let out = xtask(&["eval", "--model", &at("teacher"), "--split", "test", "--json"]);
-    good(&out);
+    succeeded(&out);
     let json: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
     let saved: serde_json::Value = serde_json::from_str(&read(run.join("teacher/eval/test/summary.json"))).unwrap();
     assert_eq!(json["scores"], saved["scores"], "one evaluator");
@@ -132,7 +124,7 @@ fn later_commands(run: &Path) {
     let mut pictures = fs_err::read_dir(run.join("teacher/eval/val/gallery")).unwrap().map(|e| e.unwrap().path());
     let picture = pictures.find(|p| p.to_str().unwrap().ends_with("_input.png")).unwrap();
     let logits = at("logits.safetensors");
-    good(&xtask(&[
+    succeeded(&xtask(&[
         "predict",
         "--model",
         &at("teacher"),
@@ -166,7 +158,7 @@ fn later_commands(run: &Path) {
         "street-scenes",
         "--json",
     ]);
-    good(&out);
+    succeeded(&out);
     let json: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
     assert_eq!(json["scores"]["miou"], 1.0);
 }
@@ -192,7 +184,7 @@ fn wrong_teacher(run: &Path) {
     }
     assert!(!run.join("wrong").exists(), "nothing was written");
     let setting = format!("teacher.weights={}", run.join("teacher/final/model.safetensors").to_str().unwrap());
-    good(&tiny(&run.join("given"), &["--set", &setting, "--methods", "csc+ce"]));
+    succeeded(&tiny(&run.join("given"), &["--set", &setting, "--methods", "csc+ce"]));
     assert!(!run.join("given/teacher/metrics.csv").exists(), "a given teacher is not trained");
 }
 
@@ -273,7 +265,7 @@ fn an_interrupted_run_exits_130_and_goes_on() {
         args.iter().map(ToString::to_string).collect::<Vec<_>>()
     };
     for place in [&run, &whole] {
-        good(&Command::new(env!("CARGO_BIN_EXE_xtask")).args(of(place)).output().unwrap());
+        succeeded(&Command::new(env!("CARGO_BIN_EXE_xtask")).args(of(place)).output().unwrap());
     }
     assert_eq!(read(run.join("report/results.csv")), read(whole.join("report/results.csv")));
 }
@@ -309,7 +301,7 @@ fn a_folder_in_use_is_refused_and_sigterm_exits_143() {
 fn stages_trained_alone_make_the_same_run() {
     let dir = tempfile::tempdir().unwrap();
     let (whole, parts) = (dir.path().join("whole"), dir.path().join("parts"));
-    good(&tiny(&whole, &[]));
+    succeeded(&tiny(&whole, &[]));
     let train = |stage: &str, more: &[&str]| {
         let mut args = vec!["train", "--stage", stage, "--out", parts.to_str().unwrap(), "--set", "input.size=[32,48]"];
         args.extend(["--set", "input.crop=[32,48]", "--set", "expect.teacher_above_students=false"]);
@@ -322,16 +314,16 @@ fn stages_trained_alone_make_the_same_run() {
     let early = train("csc+ce", &["--seeds", "1"]);
     assert_eq!(early.status.code(), Some(2));
     assert!(text(&early.stderr).contains("--stage teacher"), "{}", text(&early.stderr));
-    good(&train("teacher", &[]));
-    good(&train("csc+ce", &["--seeds", "1"]));
-    good(&train("ce", &["--seeds", "0"]));
+    succeeded(&train("teacher", &[]));
+    succeeded(&train("csc+ce", &["--seeds", "1"]));
+    succeeded(&train("ce", &["--seeds", "0"]));
     let weights = |run: &Path, stage: &str| fs_err::read(run.join(stage).join("final/model.safetensors")).unwrap();
     for stage in ["teacher", "csc+ce/seed-1", "ce/seed-0"] {
         assert_eq!(weights(&whole, stage), weights(&parts, stage), "{stage}");
     }
     let again = train("ce", &["--seeds", "0"]);
     assert_eq!(again.status.code(), Some(2), "a finished stage is not trained over");
-    good(&xtask(&["report", parts.to_str().unwrap()]));
+    succeeded(&xtask(&["report", parts.to_str().unwrap()]));
 }
 
 #[test]
@@ -355,6 +347,6 @@ fn what_cannot_run_is_refused_before_anything_is_written() {
     assert_eq!(out.status.code(), Some(5), "{}", text(&out.stderr));
     assert!(run.join("report/index.html").is_file(), "the report stands");
     let out = tiny(&dir.path().join("no-test"), &["--set", "data.test=0", "--methods", "ce"]);
-    good(&out);
+    succeeded(&out);
     assert!(text(&out.stdout).contains("test"), "an absent split is named: {}", text(&out.stdout));
 }

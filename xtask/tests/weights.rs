@@ -1,47 +1,19 @@
 //! Weights in and out through the binary: what was imported runs, what is exported is what came in, and a refusal writes
 //! nothing.
 
+mod common;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::Output;
 use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
+use common::{good, refused, text, xtask};
 use segdistill_models::weights::{export, read, save};
 use segdistill_models::{Frozen, ModelSpec, build};
 use segdistill_ops::{ParamStore, resize_bilinear};
 use serde_json::Value;
-
-fn xtask(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_xtask"))
-        .args(args)
-        .env_remove("SEGDISTILL_DATA_DIR")
-        .env("HF_HUB_OFFLINE", "1")
-        .output()
-        .unwrap()
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
-
-#[track_caller]
-fn good(args: &[&str]) -> String {
-    let out = xtask(args);
-    assert!(out.status.success(), "{args:?}\n{}\n{}", text(&out.stdout), text(&out.stderr));
-    text(&out.stdout)
-}
-
-#[track_caller]
-fn refused(args: &[&str], code: i32, said: &[&str]) {
-    let out = xtask(args);
-    let message = text(&out.stderr);
-    assert_eq!(out.status.code(), Some(code), "{args:?}\n{message}");
-    for word in said {
-        assert!(message.contains(word), "{args:?} does not say `{word}`:\n{message}");
-    }
-    assert!(out.stdout.is_empty(), "{args:?} printed {}", text(&out.stdout));
-}
 
 /// The smallest published network, with random weights: SegFormer-B0.
 fn segformer(n_classes: usize, seed: u64) -> (ModelSpec, BTreeMap<String, Tensor>) {
