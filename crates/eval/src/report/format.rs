@@ -31,6 +31,12 @@ pub(super) fn percent_mean_sd(value: MeanSd) -> String {
     }
 }
 
+/// A fraction in whole percent, as `58 %` or `−9 %`.
+pub(super) fn share(fraction: f64) -> String {
+    let text = format!("{:.0} %", 100.0 * fraction.abs());
+    if fraction < 0.0 && text != "0 %" { format!("−{text}") } else { text }
+}
+
 /// A difference of fractions in points with its sign, as `+1.90` or `−0.35`.
 pub(super) fn points(difference: f64) -> String {
     if !difference.is_finite() {
@@ -96,6 +102,7 @@ mod tests {
             [points(0.019), points(-0.0035), points(0.00001), points(-0.00001)],
             ["+1.90", "−0.35", "0.00", "0.00"]
         );
+        assert_eq!([share(0.576), share(-0.09), share(-0.004)], ["58 %", "−9 %", "0 %"]);
         assert_eq!([count(Some(9_999)), count(Some(22_437_000)), count(None)], ["9999", "22.44 M", "–"]);
         assert_eq!(
             [duration(0.842), duration(12.34), duration(245.2), duration(3725.0)],

@@ -5,7 +5,7 @@ use crate::table::ResultRow;
 
 use super::Report;
 use super::costs::{TRAIN, cost_rows};
-use super::format::{join, percent, percent_mean_sd, plural, points};
+use super::format::{join, percent, percent_mean_sd, plural, points, share};
 use super::models::{Model, absent, models, shown_run, splits};
 
 /// What the numbers allow to say of a gain.
@@ -231,8 +231,8 @@ fn sentence(report: &Report, gain: &Gain) -> String {
         points(gain.gain),
     );
     match (gain.teacher, gain.gap_share) {
-        (Some(teacher), Some(share)) if gain.gain > 0.0 => {
-            text.push_str(&format!(", {:.0} % of the gap to the teacher at {} %", 100.0 * share, percent(teacher)));
+        (Some(teacher), Some(gap)) if gain.gain > 0.0 => {
+            text.push_str(&format!(", {} of the gap to the teacher at {} %", share(gap), percent(teacher)));
         }
         (Some(teacher), Some(_)) => text.push_str(&format!(", with the teacher at {} %", percent(teacher))),
         (Some(teacher), None) => {

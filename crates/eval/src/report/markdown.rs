@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use super::Report;
 use super::costs::{cost_name, cost_rows, ms_text};
-use super::format::{count, duration, join, percent, percent_mean_sd, points};
+use super::format::{count, duration, join, percent, percent_mean_sd, points, share};
 use super::gains::{gains, headline};
 use super::models::{Model, absent, in_run, models, shown_run, splits};
 use super::sections::{class_iou, classes, derived_facts, present_text};
@@ -148,7 +148,7 @@ fn gained(out: &mut String, report: &Report) {
                 points(gain.gain),
                 gain.pooled_sd.map_or("unknown".to_string(), percent),
                 format!("{} of {}", gain.seeds_better[0], gain.seeds_better[1]),
-                gain.gap_share.map_or("–".to_string(), |share| format!("{:.0} %", 100.0 * share)),
+                gain.gap_share.map_or("–".to_string(), share),
                 gain.agreement.map_or("–".to_string(), percent_mean_sd),
                 gain.step_cost.map_or("–".to_string(), |cost| format!("{cost:.2} ×")),
                 gain.verdict.text().to_string(),

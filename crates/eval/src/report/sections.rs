@@ -6,7 +6,7 @@ use crate::stats::MeanSd;
 use crate::table::SummaryRow;
 
 use super::chart::{Bar, BarGroup, Line, grouped_bars, line_chart, line_key};
-use super::format::{count, escape, join, percent, percent_mean_sd, plural, points};
+use super::format::{count, escape, join, percent, percent_mean_sd, plural, points, share};
 use super::gains::{Verdict, gains};
 use super::models::{Model, N_COLORS, absent, in_run, model_of, shown_run, splits};
 use super::{Curve, Report};
@@ -164,7 +164,7 @@ pub(super) fn gains_table(report: &Report) -> String {
             gain.pooled_sd.map_or("unknown".to_string(), percent),
             gain.seeds_better[0],
             gain.seeds_better[1],
-            gain.gap_share.map_or("–".to_string(), |share| format!("{:.0} %", 100.0 * share)),
+            gain.gap_share.map_or("–".to_string(), share),
             gain.agreement.map_or("–".to_string(), percent_mean_sd),
             gain.step_cost.map_or("–".to_string(), |cost| format!("{cost:.2} ×")),
             gain.verdict.text()

@@ -154,7 +154,7 @@ fn a_sweep_is_a_grid_around_one_method_beside_the_baseline() {
     for (method, vary, said) in [
         ("kdd", "kd.weight=1", "unknown method `kdd`"),
         ("kd", "csc.weight=1", "method `kd` has no term `csc`, its terms: kd, ce"),
-        ("kd", "kd.temprature=1", "temprature"),
+        ("kd", "kd.temprature=1", "it has temperature, normaliser, weight, schedule"),
         ("kd", "kd.temperature=hot", "hot"),
         ("kd", "kd.temperature=0", "temperature = 0"),
         ("kd", "kd.loss=csc", "not a setting"),
