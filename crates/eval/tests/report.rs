@@ -228,6 +228,45 @@ fn the_best_of_several_methods_is_called_that() {
     }
 }
 
+/// More models than colours: bars stand beside names, and what shares a picture is told apart.
+#[test]
+fn many_methods_are_named_beside_their_bars() {
+    let mut report = full();
+    let many = ["kd", "skd", "cirkd", "cwd", "at", "ifvd", "dsd", "rkd", "fitnet"];
+    for (i, method) in (0u8..).zip(many) {
+        let miou = 0.40 + 0.01 * f64::from(i);
+        report.rows.push(row(method, "student", "val", 0, miou));
+        let like = report.per_class[0].clone();
+        report.per_class.push(PerClassRow {
+            method: method.into(),
+            split: "val".into(),
+            role: "student".into(),
+            encoder: "resnet34".into(),
+            iou: Some(miou),
+            ..like
+        });
+        let (x, y) = (vec![1.0, 2.0], vec![1.0, 0.5]);
+        let label = format!("{method}/seed-0");
+        report.curves.push(Curve { label, x, y, panel: "loss: ce".into(), run: String::new() });
+    }
+    let html = report.to_html();
+    let figure = html.split("<figcaption>val</figcaption>").nth(1).expect("a figure of val").split("</figure>").next();
+    for name in many {
+        assert!(figure.unwrap().contains(&format!(">{}<", name.to_uppercase())), "{name}");
+    }
+    assert!(figure.unwrap().contains(">Teacher<") && figure.unwrap().contains(">CE<"));
+    // Twelve models: the two worst methods have no place in the pictures that need colours, and a sentence says so.
+    let part = |from: &str| html.split(from).nth(1).expect("a section").split("</section>").next().unwrap().to_string();
+    let (by_class, curves) = (part("<h2>IoU by class"), part("<h2>Learning curves"));
+    let keys = by_class.split("</ul>").next().unwrap();
+    for (name, is_drawn) in [("KD", false), ("SKD", false), ("CIRKD", true), ("FITNET", true), ("CE", true)] {
+        assert_eq!(keys.contains(&format!("Student ({name})")), is_drawn, "{name}");
+        assert_eq!(curves.contains(&format!("Student ({name})")), is_drawn, "{name}");
+    }
+    assert!(by_class.contains("the best on val") && curves.contains("the best on val"));
+    assert!(by_class.matches("Student (SKD)").count() > 0, "the numbers have all");
+}
+
 #[test]
 fn every_row_and_every_part_is_on_the_page() {
     let report = full();

@@ -8,6 +8,7 @@ use super::{Curve, Report};
 pub(super) const N_COLORS: usize = 10;
 
 /// One model over all splits and seeds.
+#[derive(Clone)]
 pub(super) struct Model {
     pub(super) run: String,
     /// The run where its name should show, which is when the report holds several; empty otherwise.
@@ -27,6 +28,16 @@ impl Model {
     /// As [`model_name`], with the run in front where the report holds several.
     pub(super) fn name(&self) -> String {
         in_run(&self.shown_run, model_name(&self.role, &self.method))
+    }
+
+    /// What tells it from the other models of a run: the method, or `Teacher`.
+    pub(super) fn short_name(&self) -> String {
+        let name = match self.role.as_str() {
+            "teacher" => "Teacher".to_string(),
+            "student" => self.method.to_uppercase(),
+            _ => self.method.clone(),
+        };
+        in_run(&self.shown_run, name)
     }
 
     /// Whether this is the model of a row with these names.

@@ -64,18 +64,33 @@ pub(super) fn results(report: &Report, models: &[Model]) -> String {
     out.push_str("</p>\n");
     let present: Vec<&String> = splits.iter().filter(|s| !absent.contains(s)).collect();
     if models.len() > 1 {
-        let _ = writeln!(out, "<div class=\"charts\"><figure>{}</figure></div>", split_bars(models, &present));
+        let wide = if models.len() > N_COLORS { " curves" } else { "" };
+        let _ = writeln!(out, "<div class=\"charts{wide}\">{}</div>", split_bars(models, &present));
     }
     out.push_str(&all_scores(report, models, &present));
     out.push_str("</section>\n");
     out
 }
 
+/// Bars of every model: the splits in one figure, or a figure a split with the models by name where colours run out.
 fn split_bars(models: &[Model], splits: &[&String]) -> String {
+    let axis = "mIoU, percent; whiskers: one deviation over seeds";
     let bar = |model: &Model, split: &str| {
         let miou = model.on(split).map(|row| row.miou).filter(|m| m.mean.is_finite());
         Bar { color: model.color, name: model.name(), value: miou.map(|m| m.mean), sd: miou.and_then(|m| m.sd) }
     };
+    if models.len() > N_COLORS {
+        let named = |split: &str| -> Vec<BarGroup> {
+            let one = |m: &Model| BarGroup { label: m.short_name(), swatch: None, bars: vec![bar(m, split)] };
+            models.iter().map(one).collect()
+        };
+        let figure = |split: &&String| {
+            let groups = named(split);
+            let bars = grouped_bars(&groups, tallest(&groups), axis);
+            format!("<figure><figcaption>{}</figcaption>{bars}</figure>", escape(split))
+        };
+        return splits.iter().map(figure).collect();
+    }
     let groups: Vec<BarGroup> = splits
         .iter()
         .map(|split| BarGroup {
@@ -84,7 +99,24 @@ fn split_bars(models: &[Model], splits: &[&String]) -> String {
             bars: models.iter().map(|m| bar(m, split)).collect(),
         })
         .collect();
-    grouped_bars(&groups, tallest(&groups), "mIoU, percent; whiskers: one deviation over seeds")
+    format!("<figure>{}</figure>", grouped_bars(&groups, tallest(&groups), axis))
+}
+
+/// The models a chart has colours for: all, or teacher and baseline, then the best on `split`, in the order of the tables and
+/// with colours of their own.
+fn drawn(report: &Report, models: &[Model], split: &str) -> Vec<Model> {
+    if models.len() <= N_COLORS {
+        return models.to_vec();
+    }
+    let mean = |m: &Model| m.on(split).map_or(f64::NEG_INFINITY, |row| row.miou.mean);
+    let first = |m: &Model| m.role == "teacher" || m.method == report.baseline;
+    let mut order: Vec<usize> = (0..models.len()).collect();
+    order.sort_by(|&a, &b| {
+        first(&models[b]).cmp(&first(&models[a])).then(mean(&models[b]).total_cmp(&mean(&models[a])))
+    });
+    order.truncate(N_COLORS);
+    order.sort_unstable();
+    order.into_iter().enumerate().map(|(color, i)| Model { color, ..models[i].clone() }).collect()
 }
 
 fn tallest(groups: &[BarGroup]) -> f64 {
@@ -155,7 +187,7 @@ pub(super) fn gains_table(report: &Report) -> String {
         let _ = writeln!(
             out,
             "<tr><th scope=\"row\">{}{encoder}</th><td class=\"l\">{}</td><td>{}</td><td>{}</td><td class=\"best\">{}</td>\
-             <td>{}</td><td>{} of {}</td><td>{}</td><td>{}</td><td>{}</td><td class=\"l {tone}\">{}</td></tr>",
+             <td>{}</td><td>{} of {}</td><td>{}</td><td>{}</td><td>{}</td><td class=\"l wrap {tone}\">{}</td></tr>",
             escape(&in_run(shown_run(report, &gain.run), gain.method.to_uppercase())),
             escape(&gain.split),
             percent_mean_sd(gain.baseline),
@@ -189,11 +221,12 @@ pub(super) fn per_class(report: &Report, models: &[Model]) -> String {
     let Some(split) = with_rows.iter().find(|s| **s == report.selection_split).or(with_rows.first()) else {
         return String::new();
     };
+    let shown = drawn(report, models, split);
     let groups: Vec<BarGroup> = classes(report)
         .into_iter()
         .map(|(idx, name)| BarGroup {
             swatch: report.class_colors.get(idx).copied(),
-            bars: models
+            bars: shown
                 .iter()
                 .filter(|m| m.on(split).is_some())
                 .map(|m| {
@@ -208,7 +241,7 @@ pub(super) fn per_class(report: &Report, models: &[Model]) -> String {
     let mut out = format!(
         "<section>\n<h2>IoU by class on {}</h2>\n{}<div class=\"charts\">\n",
         escape(split),
-        keys(models, false)
+        keys(&shown, false)
     );
     let max = tallest(&groups);
     // Two charts side by side on a wide page, one below the other on a phone.
@@ -219,6 +252,10 @@ pub(super) fn per_class(report: &Report, models: &[Model]) -> String {
     out.push_str("</div>\n<p class=\"muted small\">Mean over seeds");
     if groups.iter().flat_map(|g| &g.bars).any(|b| b.sd.is_some()) {
         out.push_str("; whiskers show one sample standard deviation");
+    }
+    if shown.len() < models.len() {
+        let _ =
+            write!(out, ". Drawn are teacher, baseline and the best on {}; the numbers below have all", escape(split));
     }
     out.push_str(". A class in neither labels nor predictions is absent and left out of the mean.</p>\n");
     out.push_str(&per_class_numbers(report, models, &with_rows));
@@ -312,29 +349,39 @@ pub(super) fn curves(report: &Report, models: &[Model]) -> String {
         None => (first_free + others.iter().position(|o| *o == name(curve)).unwrap_or(0), name(curve)),
     };
     let mut out = String::from("<section>\n<h2>Learning curves</h2>\n<div class=\"charts curves\">\n");
-    let mut any_smoothed = false;
-    for (panel, curves) in panels {
+    let (mut any_smoothed, mut any_left_out) = (false, false);
+    let shown = drawn(report, models, &report.selection_split);
+    for (panel, mut curves) in panels {
+        let mut names: Vec<String> = curves.iter().map(|c| key(c).1).collect();
+        names.sort_unstable();
+        names.dedup();
+        if names.len() > N_COLORS {
+            curves.retain(|c| shown.iter().any(|m| m.name() == key(c).1));
+            any_left_out = true;
+        }
+        // Where the models are more than the colours, each panel hands them out anew.
+        let mut names: Vec<(usize, String, usize)> = Vec::new();
+        for curve in &curves {
+            let (color, name) = key(curve);
+            match names.iter_mut().find(|n| n.1 == name) {
+                Some(entry) => entry.2 += 1,
+                None => names.push((if models.len() > N_COLORS { names.len() } else { color }, name, 1)),
+            }
+        }
+        let color = |curve: &Curve| names.iter().find(|n| n.1 == key(curve).1).map_or(0, |n| n.0);
         let share = panel.contains("IoU") || panel.contains("accuracy");
         let scale = if share { 100.0 } else { 1.0 };
         let axis = if share { format!("{panel}, percent") } else { panel.to_string() };
         let lines: Vec<Line> = curves
             .iter()
             .map(|c| Line {
-                color: key(c).0,
+                color: color(c),
                 name: name(c),
                 x: c.x.clone(),
                 y: c.y.iter().map(|y| y * scale).collect(),
             })
             .collect();
         any_smoothed |= curves.iter().any(|c| c.x.len() > 40);
-        let mut names: Vec<(usize, String, usize)> = Vec::new();
-        for curve in curves {
-            let (color, name) = key(curve);
-            match names.iter_mut().find(|n| n.0 == color && n.1 == name) {
-                Some(entry) => entry.2 += 1,
-                None => names.push((color, name, 1)),
-            }
-        }
         let _ = write!(out, "<figure><h3>{}</h3>{}<ul class=\"keys\">", escape(panel), line_chart(&lines, &axis));
         for (color, name, n) in names {
             let runs = if n > 1 { format!(" <span class=\"enc\">&nbsp;{n} runs</span>") } else { String::new() };
@@ -343,6 +390,14 @@ pub(super) fn curves(report: &Report, models: &[Model]) -> String {
         out.push_str("</ul></figure>\n");
     }
     out.push_str("</div>\n");
+    if any_left_out {
+        let _ = writeln!(
+            out,
+            "<p class=\"muted small\">Where more than {N_COLORS} models have a curve, teacher, baseline and the best on {} are \
+             drawn; metrics.csv of each stage has all.</p>",
+            escape(&report.selection_split)
+        );
+    }
     if any_smoothed {
         out.push_str(
             "<p class=\"muted small\">Strong lines are a centred moving average over a 25th of the run, faint ones every \
