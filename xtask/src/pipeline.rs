@@ -103,8 +103,9 @@ impl Pipeline<'_> {
     }
 
     /// One student, trained and evaluated.
-    pub(crate) fn student(&self, stage: &Stage, teacher: Option<&FinalModel>) -> Result<FinalModel> {
+    fn student(&self, stage: &Stage, teacher: Option<&FinalModel>) -> Result<FinalModel> {
         let dir = stage_dir(self.run, stage);
+        Failure::forget(&dir)?;
         if !(self.resume && is_finished(&dir)) {
             self.train(stage, &dir, teacher)?;
         }
@@ -113,23 +114,25 @@ impl Pipeline<'_> {
         Ok(student)
     }
 
-    /// Every student of the plan. One whose numbers run away leaves a record in its folder, and the others go on.
-    pub(crate) fn students(&self, teacher: &FinalModel) -> Result<()> {
-        for stage in &self.plan.students {
-            let done = self.student(stage, Some(teacher));
+    /// Every student of `stages`. One whose numbers run away leaves a record in its folder, and the others go on; gives a
+    /// sentence for each of these.
+    pub(crate) fn students(&self, stages: &[&Stage], teacher: Option<&FinalModel>) -> Result<Vec<String>> {
+        let mut failed = Vec::new();
+        for stage in stages {
+            let done = self.student(stage, teacher);
             let Err(error) = done else { continue };
             let diverged = error.chain().find_map(|e| e.downcast_ref::<TrainError>()).filter(|e| e.diverged());
             let Some(cause) = diverged else { return Err(error) };
             let failure = Failure { stage: label(stage), error: cause.to_string() };
             failure.write(&stage_dir(self.run, stage))?;
             eprintln!("error: {error:#}");
-            eprintln!("{} is left out of the report; the other students go on", label(stage));
+            eprintln!("{} is left out; the other students go on", label(stage));
+            failed.push(failure.sentence());
         }
-        Ok(())
+        Ok(failed)
     }
 
     fn train(&self, stage: &Stage, dir: &Path, teacher: Option<&FinalModel>) -> Result<()> {
-        Failure::forget(dir)?;
         let train = need_split(&self.plan.data, Split::Train)?;
         let val = need_split(&self.plan.data, Split::Val)?;
         let start = self.plan.start_of(stage);
@@ -425,17 +428,27 @@ pub(crate) fn finished_stages(run: &Path, plan: &Plan) -> Result<Vec<(PathBuf, F
     let mut out = Vec::new();
     for stage in std::iter::once(&plan.teacher).chain(&plan.students) {
         let dir = stage_dir(run, stage);
-        if is_finished(&dir) {
+        if is_finished(&dir) && Failure::read(&dir)?.is_none() {
             out.push((dir.clone(), read_config(&dir)?));
         }
     }
     Ok(out)
 }
 
-/// Students of a run that did not finish because their numbers ran away, in the plan's order.
-pub(crate) fn failures(run: &Path, plan: &Plan) -> Result<Vec<Failure>> {
-    let unfinished = plan.students.iter().map(|stage| stage_dir(run, stage)).filter(|dir| !is_finished(dir));
-    unfinished.filter_map(|dir| Failure::read(&dir).transpose()).collect()
+/// A sentence for each planned student that [`finished_stages`] leaves out, in the plan's order.
+pub(crate) fn unfinished(run: &Path, plan: &Plan) -> Result<Vec<String>> {
+    let mut out = Vec::new();
+    for stage in &plan.students {
+        let dir = stage_dir(run, stage);
+        match Failure::read(&dir)? {
+            Some(failure) => out.push(failure.sentence()),
+            None if is_finished(&dir) => {}
+            None => {
+                out.push(format!("{} is planned, not trained to its end, and in no table and no mean.", label(stage)))
+            }
+        }
+    }
+    Ok(out)
 }
 
 /// Seconds of training of a stage, from its metrics: batch size over images a second, summed over the steps.

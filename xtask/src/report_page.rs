@@ -16,7 +16,7 @@ use segdistill_eval::table::{
 
 use crate::commands::{SPLITS, labels_withheld};
 use crate::exit::{UNAVAILABLE, coded, usage};
-use crate::pipeline::{MODE, failures, finished_stages, stage_label, training_time};
+use crate::pipeline::{MODE, finished_stages, stage_label, training_time, unfinished};
 use crate::recipe::{DataPlan, Plan};
 use crate::run_folder::{FinalConfig, class_table};
 
@@ -183,10 +183,7 @@ fn add_run(report: &mut Report, common: &mut Common, run: &Path, name: &str) -> 
     if !plan.description.is_empty() {
         report.summary.push(format!("{of_run}{}.", capitalised(&plan.description)));
     }
-    let failed: Vec<String> = failures(run, &plan)?
-        .iter()
-        .map(|f| format!("{of_run}{} did not finish and is in no table and no mean: {}.", f.stage, f.what()))
-        .collect();
+    let failed: Vec<String> = unfinished(run, &plan)?.iter().map(|sentence| format!("{of_run}{sentence}")).collect();
     report.summary.extend(failed.iter().cloned());
     report.notes.push(format!("{of_run}Teacher weights: {}.", some.config.origin));
     let n_timings = report.timings.len();

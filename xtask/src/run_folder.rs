@@ -293,8 +293,11 @@ pub(crate) struct Failure {
 }
 
 impl Failure {
+    /// Name of the file.
+    pub(crate) const FILE: &str = "failure.json";
+
     fn place(dir: &Path) -> PathBuf {
-        dir.join("failure.json")
+        dir.join(Self::FILE)
     }
 
     /// Leaves the record in the stage's folder.
@@ -323,9 +326,10 @@ impl Failure {
         Ok(())
     }
 
-    /// The error without its hint.
-    pub(crate) fn what(&self) -> &str {
-        self.error.lines().next().unwrap_or_default()
+    /// What a report says of it: the error without its hint.
+    pub(crate) fn sentence(&self) -> String {
+        let what = self.error.lines().next().unwrap_or_default();
+        format!("{} did not finish and is in no table and no mean: {what}.", self.stage)
     }
 }
 

@@ -214,6 +214,18 @@ fn a_student_that_diverges_is_left_out_and_said() {
         let rows = |method: &str| results.lines().filter(|l| l.starts_with(&format!("{method},student"))).count();
         assert_eq!([rows("ce"), rows("kd"), rows("cwd")], [6, 0, 6], "{results}");
     }
+    // The stage alone fails with the same record.
+    let alone = dir.path().join("alone");
+    let alone_text = alone.to_str().unwrap();
+    let mut train = vec!["train", "--out", alone_text, "--seeds", "0,1", "--set", wild];
+    TINY.iter().for_each(|set| train.extend(["--set", set]));
+    train.extend(["--set", "input.size=[32,48]", "--set", "input.crop=[32,48]"]);
+    succeeded(&xtask(&[&train[..], &["--methods", "kd", "--stage", "teacher"]].concat()));
+    let failed = xtask(&[&train[..], &["--stage", "kd"]].concat());
+    assert_eq!(failed.status.code(), Some(1), "{}", text(&failed.stderr));
+    for seed in [0, 1] {
+        assert!(alone.join(format!("kd/seed-{seed}/failure.json")).is_file(), "{}", text(&failed.stderr));
+    }
     // A sweep has a line for the point all the same.
     let out = dir.path().join("sweep");
     let mut args = vec!["sweep", "--method", "kd", "--vary", "kd.weight=1,1e300", "--seeds", "0"];

@@ -212,6 +212,21 @@ fn no_gain_in_any_run_is_said_of_all() {
     assert_eq!(gains(&report).iter().map(|g| g.run.as_str()).collect::<Vec<_>>(), ["b"]);
 }
 
+/// The seeds that are missing may be those on which it failed.
+#[test]
+fn a_gain_over_fewer_seeds_than_the_baseline_is_not_called_one() {
+    let report = comparison(&[0.50, 0.52, 0.51], &[0.58, 0.59]);
+    assert!(gains(&report).iter().all(|g| g.verdict == Verdict::SeedsMissing), "{:?}", gains(&report));
+    let html = report.to_html();
+    assert!(html.contains("over fewer seeds than the baseline has"));
+    assert!(
+        html.contains("Only 2 of the baseline's 3 seeds are there")
+            || html.contains("Only 2 of the baseline&#39;s 3 seeds are there")
+    );
+    let worse = comparison(&[0.50, 0.52, 0.51], &[0.48, 0.49]);
+    assert!(gains(&worse).iter().all(|g| g.verdict == Verdict::DidNotHelp));
+}
+
 #[test]
 fn the_best_of_several_methods_is_called_that() {
     let mut report = comparison(&[0.50, 0.51], &[0.53, 0.54]);

@@ -47,17 +47,20 @@ pub enum TrainError {
         /// Samples of the batch.
         samples: Vec<String>,
     },
-    /// A logit on val is NaN or infinite.
+    /// A logit of an evaluation is NaN or infinite.
     #[error(
-        "logit {value} of class {class} on val after step {step}: the network has diverged\n  hint: lower `optim.lr`, lengthen `optim.warmup_steps` or set `optim.clip_norm`; the last good checkpoint is untouched"
+        "logit {value} of class {class} on {split}{}: the network has diverged or its weights are damaged\n  hint: lower `optim.lr`, lengthen `optim.warmup_steps` or set `optim.clip_norm`; the last good checkpoint is untouched",
+        step.map_or(String::new(), |step| format!(" after step {step}"))
     )]
     NonFiniteLogit {
         /// Its value.
         value: f32,
         /// Its class.
         class: usize,
-        /// Steps done.
-        step: u64,
+        /// Split it was met on.
+        split: String,
+        /// Steps done, while training goes on.
+        step: Option<u64>,
     },
     /// Trainable parameters that the loss does not reach.
     #[error("no gradient reached {} of the trainable parameters: {}\n  hint: every layer that is built must be used by the forward pass", parameters.len(), parameters.join(", "))]

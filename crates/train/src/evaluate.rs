@@ -4,7 +4,7 @@ use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 
 use segdistill_data::{Dataset, RgbImage, Sample, classes::VOID, transform::resize_image_bilinear};
-use segdistill_eval::{Confusion, predict_labels};
+use segdistill_eval::{Confusion, EvalError, predict_labels};
 
 use crate::error::{Result, TrainError};
 
@@ -57,7 +57,7 @@ pub fn image_tensor(images: &[&RgbImage], input_hw: [usize; 2], device: &Device)
 /// `logits` maps `[n, 3, h, w]` in [0, 1] to `[n, c, h', w']`; logits are resized bilinearly to the labels before argmax.
 ///
 /// # Errors
-/// What reading, the network or the scoring reports; `Config` for a data set without images.
+/// What reading, the network or the scoring reports; `NonFiniteLogit`; `Config` for a data set without images.
 pub fn evaluate(
     logits: &dyn Fn(&Tensor) -> Result<Tensor>,
     dataset: &dyn Dataset,
@@ -79,7 +79,12 @@ pub fn evaluate(
         let logits_nchw = logits(&image_tensor(&images, input_hw, device)?)?;
         for (k, (sample, &index)) in samples.iter().zip(chunk).enumerate() {
             let label_hw = [sample.labels.height, sample.labels.width];
-            let predicted = predict_labels(&logits_nchw.narrow(0, k, 1)?, label_hw)?;
+            let predicted = predict_labels(&logits_nchw.narrow(0, k, 1)?, label_hw).map_err(|e| match e {
+                EvalError::NonFinite { class, value, .. } => {
+                    TrainError::NonFiniteLogit { value, class, split: dataset.split().to_string(), step: None }
+                }
+                other => other.into(),
+            })?;
             let predictions = predicted.first().map_or(&[][..], Vec::as_slice);
             confusion.add(&sample.labels.ids, predictions, VOID)?;
             each(ImageResult { index, sample, predictions })?;

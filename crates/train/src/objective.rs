@@ -14,8 +14,8 @@ use segdistill_losses::{
     cross_entropy, csc, dice, dist, feature_mse, ifvd, lovasz_softmax, memory_contrast, ohem_cross_entropy,
     omni_contrast, pair_similarity, pixel_kl,
 };
-use segdistill_models::ModelInfo;
 use segdistill_models::adapter::{Align, MgdGenerator, ProjectionHead};
+use segdistill_models::{Discriminator, ModelInfo, trace};
 use segdistill_ops::{Mode, NamedParam, ParamStore};
 
 use crate::checkpoint::Parts;
@@ -137,6 +137,14 @@ fn resolve(info: &ModelInfo, whose: &str, tap: &str) -> Result<(String, usize)> 
     found.map(|t| (t.name.to_string(), t.channels)).ok_or_else(missing)
 }
 
+/// Height and width of the map `tap` of a crop of images.
+fn grid_of(info: &ModelInfo, tap: &str, crop: [usize; 2]) -> Result<[usize; 2]> {
+    let trace = trace(&info.spec, crop)?;
+    let (name, _) = resolve(info, "student", tap)?;
+    let at = info.taps.iter().position(|t| t.name == name);
+    Ok(at.map_or(trace.logits_hw, |at| trace.tap_sizes[at]))
+}
+
 impl Objective {
     /// The objective of `terms`, with everything they own built from the seed.
     ///
@@ -161,13 +169,30 @@ impl Objective {
         Ok(objective)
     }
 
-    /// Checks terms against the networks they are for, without building anything: the maps they name are there, and
-    /// channels divide into groups.
+    /// Checks terms against the networks they are for, without building anything: the maps they name are there, channels
+    /// divide into groups, and the maps of a `crop` of images are large enough.
     ///
     /// # Errors
     /// As [`Objective::new`].
-    pub fn check(terms: &[TermConfig], student: &ModelInfo, teacher: &ModelInfo) -> Result<()> {
+    pub fn check(terms: &[TermConfig], student: &ModelInfo, teacher: &ModelInfo, crop: [usize; 2]) -> Result<()> {
         for term in terms.iter().filter(|term| term.weight != 0.0) {
+            let name = term.loss.name();
+            let least = |map: &str, least: usize| -> Result<()> {
+                let [h, w] = grid_of(student, map, crop)?;
+                let what = format!("term `{name}`: the student's map `{map}` of a crop of {crop:?} is {h} x {w}");
+                match h.min(w) < least {
+                    true => Err(TrainError::config(
+                        format!("{what}, expected at least {least} x {least}"),
+                        "crop larger images, or compare maps of a finer grid",
+                    )),
+                    false => Ok(()),
+                }
+            };
+            match &term.loss {
+                TermKind::Holistic { .. } => least(Taps::LOGITS, Discriminator::MIN_SIDE)?,
+                TermKind::AfDcd { tap, pooling, patch, .. } => least(tap.student(), pooling * patch)?,
+                _ => {}
+            }
             let Some(taps) = term.loss.taps() else { continue };
             resolve(student, "student", taps.student())?;
             let (map, channels) = resolve(teacher, "teacher", taps.teacher())?;
@@ -240,7 +265,7 @@ impl Objective {
                     form: *form,
                     condition: *condition,
                     weight: *critic_weight,
-                    penalty: *penalty,
+                    penalty: penalty.unwrap_or(10.0),
                     optimizer: *optimizer,
                     lr: *lr,
                     width: *width,
@@ -351,7 +376,7 @@ impl Objective {
             TermKind::Ace { target, share, temperature } => {
                 let target = match target {
                     AceRule::TeacherWhereRight => AceTarget::TeacherWhereRight,
-                    AceRule::Blend => AceTarget::Blend { alpha: *share },
+                    AceRule::Blend => AceTarget::Blend { alpha: share.unwrap_or(0.5) },
                     AceRule::Confidence => AceTarget::Confidence,
                 };
                 let cfg = Ace { target, temperature: *temperature, class_weights: class_weights() };
@@ -408,7 +433,8 @@ impl Objective {
             TermKind::PairWise { nodes, patch, positions, form, .. } => {
                 let p = pair(own)?;
                 let (_, _, h, w) = p.student_nchw.dims4()?;
-                let side = |size: usize| positions.unwrap_or((size as f64 * patch) as usize).max(1);
+                let share = patch.unwrap_or(0.5);
+                let side = |size: usize| positions.unwrap_or((size as f64 * share) as usize).max(1);
                 let pooled = |kind| Some(NodePooling { kernel: [side(h), side(w)], kind });
                 let nodes = match nodes {
                     Nodes::Max => pooled(NodeKind::Max),

@@ -69,7 +69,7 @@ pub trait Optimizer {
             ));
         }
         for (name, own) in self.state() {
-            own.slice_set(&state[name].to_dtype(own.dtype())?, 0, 0)?;
+            own.slice_set(&state[name].to_device(own.device())?.to_dtype(own.dtype())?, 0, 0)?;
         }
         Ok(())
     }

@@ -9,7 +9,7 @@ use std::time::Instant;
 use candle_core::{DType, Device, Tensor};
 
 use segdistill_data::{Batch, Dataset, Loader, LoaderConfig, stats::Stats, transform::TrainTransform};
-use segdistill_eval::{EvalError, Scores};
+use segdistill_eval::Scores;
 use segdistill_losses::enet_weights;
 use segdistill_models::{Frozen, build};
 use segdistill_ops::{Mode, NamedParam, ParamStore, graph};
@@ -316,8 +316,8 @@ fn validate(stage: &Stage, store: &ParamStore, data: &StageData<'_>, step: u64) 
     let logits = |images: &Tensor| Ok(frozen.forward(images)?.logits_nchw);
     match evaluate(&logits, data.val, stage.input.size, data.device, &mut |_| Ok(())) {
         Ok(done) => Ok(done.confusion.scores()),
-        Err(TrainError::Eval(EvalError::NonFinite { class, value, .. })) => {
-            Err(TrainError::NonFiniteLogit { value, class, step })
+        Err(TrainError::NonFiniteLogit { value, class, split, .. }) => {
+            Err(TrainError::NonFiniteLogit { value, class, split, step: Some(step) })
         }
         Err(other) => Err(other),
     }

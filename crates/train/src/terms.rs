@@ -92,9 +92,9 @@ pub enum TermKind {
         /// How much of the teacher a pixel's target takes.
         #[serde(default)]
         target: AceRule,
-        /// Share of the teacher under `blend`, in [0, 1].
-        #[serde(default = "defaults::half")]
-        share: f64,
+        /// Share of the teacher under `blend`, in [0, 1]; 0.5 where left out.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        share: Option<f64>,
         /// Temperature of the teacher's distribution.
         #[serde(default = "defaults::one")]
         temperature: f64,
@@ -192,9 +192,9 @@ pub enum TermKind {
         /// What a node is.
         #[serde(default)]
         nodes: Nodes,
-        /// Side of a patch as a share of the map's side, in (0, 1].
-        #[serde(default = "defaults::half")]
-        patch: f64,
+        /// Side of a patch as a share of the map's side, in (0, 1]; 0.5 where neither side is given.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        patch: Option<f64>,
         /// Side of a patch in positions, instead of a share.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         positions: Option<usize>,
@@ -258,9 +258,9 @@ pub enum TermKind {
         /// Weight of the discriminator's own loss.
         #[serde(default = "defaults::tenth")]
         critic_weight: f64,
-        /// Weight of the gradient penalty within it.
-        #[serde(default = "defaults::ten")]
-        penalty: f64,
+        /// Weight of the gradient penalty within it, under `wgan-gp`; 10 where left out.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        penalty: Option<f64>,
         /// What moves the discriminator's weights.
         #[serde(default)]
         optimizer: CriticOptimizer,
@@ -280,10 +280,8 @@ mod defaults {
     }
     defaults! {
         one: f64 = 1.0;
-        half: f64 = 0.5;
         tenth: f64 = 0.1;
         four: f64 = 4.0;
-        ten: f64 = 10.0;
         ohem_threshold: f64 = 0.7;
         ohem_min_kept: usize = 100_000;
         mgd_masked: f64 = 0.75;
@@ -432,8 +430,14 @@ impl TermKind {
         match self {
             Self::Ce { label_smoothing } => below_1("label_smoothing", *label_smoothing),
             Self::Ohem { threshold, .. } => share("threshold", *threshold),
-            Self::Ace { share: s, temperature, .. } => {
-                share("share", *s)?;
+            Self::Ace { target, share: s, temperature } => {
+                let unused = s.is_some() && *target != AceRule::Blend;
+                check(
+                    !unused,
+                    "`share` without target = \"blend\"".into(),
+                    "take `share` out: the target does not use it",
+                )?;
+                share("share", s.unwrap_or_default())?;
                 positive("temperature", *temperature)
             }
             Self::Kd { temperature, .. } | Self::Cwd { temperature, .. } => positive("temperature", *temperature),
@@ -450,9 +454,16 @@ impl TermKind {
                 some("groups", *groups)?;
                 positive("temperature", *temperature)
             }
-            Self::PairWise { patch, positions, .. } => {
-                positive("patch", *patch)?;
-                share("patch", *patch)?;
+            Self::PairWise { nodes, patch, positions, .. } => {
+                let sides = usize::from(patch.is_some()) + usize::from(positions.is_some());
+                let most = usize::from(*nodes != Nodes::Pixels);
+                check(
+                    sides <= most,
+                    format!("{sides} sides of a patch"),
+                    "give `patch` or `positions`; pixels take neither",
+                )?;
+                positive("patch", patch.unwrap_or(1.0))?;
+                share("patch", patch.unwrap_or(1.0))?;
                 some("positions", positions.unwrap_or(1))
             }
             Self::CirkdMiniBatch { temperature, pooling, .. } => {
@@ -470,9 +481,15 @@ impl TermKind {
                 some("slots", *slots)?;
                 some("contrast", *contrast)
             }
-            Self::Holistic { critic_weight, penalty, lr, width, .. } => {
+            Self::Holistic { form, critic_weight, penalty, lr, width, .. } => {
                 positive("critic_weight", *critic_weight)?;
-                at_least_0("penalty", *penalty)?;
+                let unused = penalty.is_some() && *form != CriticForm::WganGp;
+                check(
+                    !unused,
+                    "`penalty` without form = \"wgan-gp\"".into(),
+                    "take `penalty` out: the form does not use it",
+                )?;
+                at_least_0("penalty", penalty.unwrap_or_default())?;
                 positive("lr", *lr)?;
                 positive("width", *width)
             }

@@ -2,11 +2,16 @@
 
 mod common;
 
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use candle_core::Device;
 use common::{World, other_teacher, small, stage};
 use segdistill_models::Frozen;
 use segdistill_ops::testing::devices_with_convolution;
-use segdistill_train::{Observer, Stage, StageData, StepRecord, TermKind, checkpoint, run_stage};
+use segdistill_train::{
+    CriticForm, CriticOptimizer, Observer, Stage, StageData, StepRecord, TermKind, TrainError, checkpoint, run_stage,
+};
 
 /// Keeps the loss of every step.
 #[derive(Default)]
@@ -26,6 +31,16 @@ impl Observer for Terms {
     fn on_step(&mut self, record: &StepRecord) {
         self.0.extend(record.terms.iter().map(|t| (t.name.clone(), t.value.unwrap())));
         self.0.extend(record.critic.map(|loss| ("critic".to_string(), loss)));
+    }
+}
+
+struct StopAt<'a>(u64, &'a AtomicBool);
+
+impl Observer for StopAt<'_> {
+    fn on_step(&mut self, record: &StepRecord) {
+        if record.step == self.0 {
+            self.1.store(true, Ordering::SeqCst);
+        }
     }
 }
 
@@ -59,6 +74,33 @@ fn every_device_repeats_itself_and_starts_like_the_cpu() {
             let distance = (found - expected).abs() / expected;
             assert!(distance <= allowed, "step {step}: loss {found} on {device:?}, {expected} on the CPU");
         }
+    }
+}
+
+/// A discriminator with moments of its own goes on from a checkpoint to the same bits, wherever it lies.
+#[test]
+fn a_discriminator_is_resumed_on_every_device() {
+    let mut stage = stage(&[(small("holistic"), 0.1), (TermKind::ce(), 1.0)]);
+    let TermKind::Holistic { form, optimizer, .. } = &mut stage.terms[0].loss else { panic!("holistic") };
+    (*form, *optimizer) = (CriticForm::Hinge, CriticOptimizer::Adam);
+    for device in devices_with_convolution() {
+        let teacher = other_teacher(&device);
+        let (world, cut) = (World::new(), World::new());
+        let run = |world: &World, folder: &Path, resume, observer: &mut dyn Observer| {
+            let data = StageData { device: &device, teacher: Some((&teacher, "seed 99")), ..world.data() };
+            run_stage(&stage, folder, &data, resume, observer)
+        };
+        let [whole, parts] = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+        run(&world, whole.path(), false, &mut Terms::default()).unwrap();
+        let stopped = run(&cut, parts.path(), false, &mut StopAt(2, &cut.stop)).unwrap_err();
+        assert!(matches!(stopped, TrainError::Interrupted { .. }), "{stopped}");
+        cut.stop.store(false, Ordering::SeqCst);
+        run(&cut, parts.path(), true, &mut Terms::default()).unwrap();
+        let critic = |folder: &Path| {
+            let place = checkpoint::find(folder, "last").unwrap().unwrap();
+            checkpoint::to_safetensors(&checkpoint::load(&place, &Device::Cpu).unwrap().parts["critic"]).unwrap()
+        };
+        assert!(critic(whole.path()) == critic(parts.path()), "{device:?}");
     }
 }
 

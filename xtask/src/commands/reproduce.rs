@@ -51,7 +51,7 @@ pub(super) fn all_finished(failed: &[String]) -> Result<()> {
         return Ok(());
     }
     Err(anyhow::anyhow!(
-        "{}\n  hint: the report of the others is written; lower `optim.lr` or the weight of the term, or set \
+        "{}\n  hint: what the others reached stands; lower `optim.lr` or the weight of the term, or set \
          `optim.clip_norm`, in another --out folder",
         failed.join("\n")
     ))
@@ -65,7 +65,7 @@ pub(crate) fn run_plan(plan: &Plan, out: &Path, resume: bool) -> Result<(PathBuf
     eprintln!("run folder {}", folder.path().display());
     let pipeline = Pipeline { plan, run: folder.path(), device, interrupt: Interrupt::listen()?, resume };
     let teacher = pipeline.teacher()?;
-    pipeline.students(&teacher)?;
+    pipeline.students(&plan.students.iter().collect::<Vec<_>>(), Some(&teacher))?;
     let written = report_page::write(&[folder.path().to_path_buf()], &folder.path().join("report"))?;
     Ok((folder.path().to_path_buf(), written))
 }
@@ -182,14 +182,15 @@ struct Cost {
     step: f64,
 }
 
-/// Pixels of the crops of a measured step, about: large crops are few, so that a dry run fits where the run would not.
+/// Pixels of the crops of a measured step, at most about: a batch of large crops is measured in part, so that a dry run fits
+/// where the run would not.
 const MEASURED_PIXELS: usize = 4 * 360 * 480;
 
-/// Times a training step of a few crops.
+/// Times a training step of a batch, or of as many of its crops as [`MEASURED_PIXELS`] allows.
 fn measure(stage: &Stage, teacher: &Frozen, device: &Device) -> Result<Cost> {
     let [h, w] = stage.input.crop;
     // Two at least, where the batch has them: a normalisation after pooling to one pixel needs more than one value.
-    let n_images = (MEASURED_PIXELS / (h * w).max(1)).clamp(2, 4).min(stage.batch_size);
+    let n_images = (MEASURED_PIXELS / (h * w).max(1)).max(2).min(stage.batch_size);
     let step = step_seconds(stage, Some(teacher), n_images, device)? / n_images as f64;
     let params = segdistill_models::info(&stage.model)?.n_parameters;
     Ok(Cost { params, macs: macs(&stage.model, stage.input.size)?, step })

@@ -110,7 +110,9 @@ impl<'a> Table<'a> {
                 return "diverged".to_string();
             }
             let sd = m.sd.map_or(String::new(), |sd| format!(" ± {:.2}", 100.0 * sd));
-            format!("{:.2}{sd}", 100.0 * m.mean)
+            let of =
+                if m.n < self.baseline.n { format!(", {} of {} seeds", m.n, self.baseline.n) } else { String::new() };
+            format!("{:.2}{sd}{of}", 100.0 * m.mean)
         };
         let width = |i: usize| {
             let values = self.points.iter().map(|p| p.values[i].len());

@@ -2,11 +2,13 @@
 
 use anyhow::Result;
 
+use segdistill_train::Stage;
+
 use crate::cli::{RecipeArgs, Train};
 use crate::exit::usage;
 use crate::pipeline::{Interrupt, Pipeline};
 use crate::recipe::Plan;
-use crate::run_folder::{RunFolder, is_finished, read_config, stage_dir};
+use crate::run_folder::{Failure, RunFolder, is_finished, read_config, stage_dir};
 
 /// Runs the command.
 pub(crate) fn run(args: &Train) -> Result<()> {
@@ -47,14 +49,11 @@ pub(crate) fn run(args: &Train) -> Result<()> {
     // Everything the folder holds already is kept: the stages to train were found new, or `--resume` was given.
     let pipeline =
         Pipeline { plan: &joined, run: folder.path(), device, interrupt: Interrupt::listen()?, resume: true };
-    let mut written = Vec::new();
     let teacher = if args.stage == "teacher" || needs_teacher { Some(pipeline.teacher()?) } else { None };
-    for stage in stages {
-        if stage.method != "teacher" {
-            pipeline.student(stage, teacher.as_ref())?;
-        }
-        written.push(stage_dir(folder.path(), stage));
-    }
+    let students: Vec<&Stage> = stages.iter().copied().filter(|stage| stage.method != "teacher").collect();
+    let failed = pipeline.students(&students, teacher.as_ref())?;
+    let dirs = stages.iter().map(|stage| stage_dir(folder.path(), stage));
+    let written: Vec<_> = dirs.filter(|dir| is_finished(dir) && !dir.join(Failure::FILE).is_file()).collect();
     let configs = written.iter().map(|d| read_config(d)).collect::<Result<Vec<_>>>()?;
     if args.json {
         println!("{}", serde_json::to_string_pretty(&configs)?);
@@ -64,5 +63,5 @@ pub(crate) fn run(args: &Train) -> Result<()> {
             println!("{}  val mIoU {miou} at step {}", dir.display(), c.best_step);
         }
     }
-    Ok(())
+    super::reproduce::all_finished(&failed)
 }

@@ -182,7 +182,7 @@ impl Plan {
         let teachers = describe(&teacher)?;
         for stage in &students {
             // Before anything is trained: a map that is not there would else be found out after the teacher.
-            Objective::check(&stage.terms, &describe(stage)?, &teachers)
+            Objective::check(&stage.terms, &describe(stage)?, &teachers, stage.input.crop)
                 .map_err(|e| usage!("stage `{}`: {e}", stage.method))?;
         }
         let [teacher_start, student_start] = recipe.starts()?;

@@ -115,10 +115,9 @@ fn with(terms: &[TermConfig], variation: &Variation, value: &str, method: &str) 
     if variation.key == "loss" {
         return Err(wrong("the loss itself is not a setting".into()));
     }
-    let known: Vec<&str> = table.keys().map(String::as_str).filter(|key| *key != "loss").collect();
-    let known = known.join(", ");
     table.insert(variation.key.clone(), parsed);
-    let term = serde_json::from_value::<TermConfig>(written).map_err(|e| wrong(format!("{e}; it has {known}")))?;
+    let term = serde_json::from_value::<TermConfig>(written)
+        .map_err(|e| wrong(format!("{e}; besides, every term has `weight` and `schedule`")))?;
     let mut varied = terms.to_vec();
     varied[place] = term;
     Ok(varied)

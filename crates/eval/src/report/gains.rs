@@ -17,6 +17,8 @@ pub enum Verdict {
     WithinNoise,
     /// Positive, but with one seed nobody knows the noise.
     NoiseUnknown,
+    /// Positive, but over fewer seeds than the baseline has: those that are missing may be the bad ones.
+    SeedsMissing,
     /// Zero or negative.
     DidNotHelp,
 }
@@ -28,6 +30,7 @@ impl Verdict {
             Self::Helped => "gain above seed noise",
             Self::WithinNoise => "gain within seed noise",
             Self::NoiseUnknown => "gain, noise unknown",
+            Self::SeedsMissing => "gain, seeds missing",
             Self::DidNotHelp => "no gain",
         }
     }
@@ -104,6 +107,7 @@ pub fn gains(report: &Report) -> Vec<Gain> {
                 seeds_better: seeds_better(report, model, baseline, &split),
                 verdict: match pooled {
                     _ if gain <= 0.0 => Verdict::DidNotHelp,
+                    _ if d.miou.n < b.miou.n => Verdict::SeedsMissing,
                     None => Verdict::NoiseUnknown,
                     Some(sd) if gain > sd => Verdict::Helped,
                     Some(_) => Verdict::WithinNoise,
@@ -163,6 +167,9 @@ pub(super) fn headline(report: &Report) -> Option<Headline> {
         }
         Verdict::NoiseUnknown => {
             format!("Distillation gained {size} points of mIoU on {place}; with one seed the noise is unknown")
+        }
+        Verdict::SeedsMissing => {
+            format!("Distillation gained {size} points of mIoU on {place}, over fewer seeds than the baseline has")
         }
         Verdict::DidNotHelp if !run.is_empty() => {
             format!("Distillation helped in no run: at best {} points of mIoU on {place}", points(best.gain))
@@ -248,6 +255,10 @@ fn sentence(report: &Report, gain: &Gain) -> String {
         (Verdict::Helped, _) => format!(". The gain is larger than the noise between seeds (pooled deviation {sd} points)."),
         (Verdict::WithinNoise, _) => format!(
             ". The gain is within the noise between seeds (pooled deviation {sd} points), so it is not evidence that distillation helps."
+        ),
+        (Verdict::SeedsMissing, _) => format!(
+            ". Only {} of the baseline's {} seeds are there, and those that are missing may be the bad ones.",
+            gain.distilled.n, gain.baseline.n
         ),
         (Verdict::NoiseUnknown, _) => ". With one seed the noise is unknown: the gain may be chance.".to_string(),
         (Verdict::DidNotHelp, Some(_)) => {

@@ -34,7 +34,7 @@ fn opening(report: &Report) -> String {
     if let Some(headline) = headline(report) {
         let tone = match headline.verdict {
             Some(Verdict::Helped) => "tone-good",
-            Some(Verdict::WithinNoise | Verdict::NoiseUnknown) => "tone-warn",
+            Some(Verdict::WithinNoise | Verdict::NoiseUnknown | Verdict::SeedsMissing) => "tone-warn",
             Some(Verdict::DidNotHelp) => "tone-bad",
             None => "tone-plain",
         };

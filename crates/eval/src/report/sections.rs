@@ -179,7 +179,7 @@ pub(super) fn gains_table(report: &Report) -> String {
     for gain in &gains {
         let tone = match gain.verdict {
             Verdict::Helped => "good",
-            Verdict::WithinNoise | Verdict::NoiseUnknown => "warn",
+            Verdict::WithinNoise | Verdict::NoiseUnknown | Verdict::SeedsMissing => "warn",
             Verdict::DidNotHelp => "bad",
         };
         let encoder =

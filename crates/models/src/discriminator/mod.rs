@@ -25,8 +25,6 @@ const CHANNELS: [usize; 4] = [64, 128, 256, 512];
 const KERNEL: usize = 4;
 /// Slope below 0 of the rectifiers.
 const SLOPE: f64 = 0.1;
-/// Smallest height and width of the maps it scores.
-const MIN_SIDE: usize = 8;
 
 /// A discriminator as a configuration writes it.
 ///
@@ -149,6 +147,9 @@ struct Weights {
 }
 
 impl Discriminator {
+    /// Smallest height and width of the maps it scores.
+    pub const MIN_SIDE: usize = 8;
+
     /// Builds it in `scope`; tensors are a function of (seed, name).
     ///
     /// # Errors
@@ -199,14 +200,14 @@ impl Discriminator {
         if let [n, c, h, w] = *maps_nchw.dims()
             && n > 0
             && c == channels
-            && h.min(w) >= MIN_SIDE
+            && h.min(w) >= Self::MIN_SIDE
         {
             return Ok(());
         }
         Err(ModelError::Input {
             model: "discriminator".into(),
             found: format!("{:?}", maps_nchw.dims()),
-            expected: format!("[n, {channels}, h, w] with h and w at least {MIN_SIDE}"),
+            expected: format!("[n, {channels}, h, w] with h and w at least {}", Self::MIN_SIDE),
             hint: "it takes logits and, where it is conditioned, RGB on their grid; train on larger crops",
         })
     }

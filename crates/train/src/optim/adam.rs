@@ -32,7 +32,8 @@ impl Default for AdamConfig {
 /// `w -= lr * m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)` at the t-th step, from 1.
 ///
 /// # Source
-/// Kingma and Ba 2015; `torch.optim.Adam`.
+/// Kingma and Ba 2015; `torch.optim.Adam`. DIFFERENCE: PyTorch's decays every parameter it is given, this one neither biases
+/// nor norms.
 #[derive(Debug)]
 pub struct Adam {
     params: Vec<NamedParam>,

@@ -121,6 +121,25 @@ fn all_is_the_baseline_and_every_method_that_compares_with_a_teacher_once() {
     assert!(format!("{error:#}").contains("did you mean `cityscapes`?"), "{error:#}");
 }
 
+/// What a step would refuse is refused before the teacher is trained.
+#[test]
+fn maps_too_small_for_a_term_are_refused_with_the_plan() {
+    let refused = |method: &str, set: &[&str], said: &str| {
+        let methods = Some(vec![method.to_string()]);
+        let error = Plan::resolve(&RecipeArgs { methods, ..args("toy", set) }).unwrap_err();
+        assert_eq!(crate::exit::code_of(&error), 2, "{error:#}");
+        assert!(format!("{error:#}").contains(said), "{error:#}");
+    };
+    // DeepLabV3's logits of 96x128 at stride 16.
+    refused("skd", &["student.name=deeplabv3"], "`logits` of a crop of [96, 128] is 6 x 8, expected at least 8 x 8");
+    let wide =
+        r#"objectives.mine.terms=[{loss="af-dcd",weight=1.0,pooling=4,patch=7,groups=16},{loss="ce",weight=1.0}]"#;
+    refused("mine", &[wide], "expected at least 28 x 28");
+    let hinge =
+        r#"objectives.mine.terms=[{loss="holistic",weight=1.0,form="hinge",penalty=10.0},{loss="ce",weight=1.0}]"#;
+    refused("mine", &[hinge], "`penalty` without form = \"wgan-gp\"");
+}
+
 #[test]
 fn a_resumed_run_may_gain_methods_and_seeds_and_nothing_else() {
     let plan = |methods: &[&str], set: &[&str]| {
@@ -154,7 +173,11 @@ fn a_sweep_is_a_grid_around_one_method_beside_the_baseline() {
     for (method, vary, said) in [
         ("kdd", "kd.weight=1", "unknown method `kdd`"),
         ("kd", "csc.weight=1", "method `kd` has no term `csc`, its terms: kd, ce"),
-        ("kd", "kd.temprature=1", "it has temperature, normaliser, weight, schedule"),
+        (
+            "kd",
+            "kd.temprature=1",
+            "expected `temperature` or `normaliser`; besides, every term has `weight` and `schedule`",
+        ),
         ("kd", "kd.temperature=hot", "hot"),
         ("kd", "kd.temperature=0", "temperature = 0"),
         ("kd", "kd.loss=csc", "not a setting"),
