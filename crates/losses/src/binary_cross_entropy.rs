@@ -1,6 +1,7 @@
 //! Binary cross entropy of each class against the rest.
 
 use candle_core::{Device, Tensor};
+use rayon::prelude::*;
 use segdistill_ops::{block_sums, pixel_runs, vectorised};
 
 use crate::error::{LossError, Result};
@@ -83,10 +84,16 @@ pub fn binary_cross_entropy(
 
 /// Class, pixel of the batch and value of the first target outside [0, 1] at a valid pixel.
 fn outside<T: Real>(targets: &[T], valid: &[u8], c: usize, m: usize) -> Option<(usize, usize, f64)> {
-    targets.chunks(m).enumerate().find_map(|(plane, targets)| {
+    targets.par_chunks(m).enumerate().find_map_first(|(plane, targets)| {
         let first = plane / c * m;
-        let bad = |&(t, &v): &(&T, &u8)| v == 1 && !(*t >= T::zero() && *t <= T::one());
-        let at = targets.iter().zip(&valid[first..][..m]).position(|pair| bad(&pair))?;
+        let valid = &valid[first..][..m];
+        let bad = |(t, &v): (&T, &u8)| (v == 1) & !((*t >= T::zero()) & (*t <= T::one()));
+        // Without a way out of the loop it is vector code; the place is looked for where there is one.
+        let any = vectorised(
+            #[inline(always)]
+            || targets.iter().zip(valid).fold(false, |any, pair| any | bad(pair)),
+        );
+        let at = if any { targets.iter().zip(valid).position(bad)? } else { return None };
         Some((plane % c, first + at, targets[at].wide()))
     })
 }
