@@ -14,7 +14,7 @@ pub(super) fn page(report: &Report) -> String {
         sections::results(report, &models),
         sections::gains_table(report),
         sections::per_class(report, &models),
-        sections::curves(report, &models),
+        super::curves::curves(report, &models),
         sections::gallery(report),
         costs::costs(report),
         sections::facts(report, &models),

@@ -6,6 +6,7 @@
 
 mod chart;
 mod costs;
+mod curves;
 mod format;
 mod gains;
 mod html;

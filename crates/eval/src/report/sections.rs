@@ -5,11 +5,11 @@ use std::fmt::Write;
 use crate::stats::MeanSd;
 use crate::table::SummaryRow;
 
-use super::chart::{Bar, BarGroup, Line, grouped_bars, line_chart, line_key};
+use super::Report;
+use super::chart::{Bar, BarGroup, grouped_bars, line_key};
 use super::format::{count, escape, join, percent, percent_mean_sd, plural, points, share};
 use super::gains::{Verdict, gains};
-use super::models::{Model, N_COLORS, absent, in_run, model_of, shown_run, splits};
-use super::{Curve, Report};
+use super::models::{Model, N_COLORS, absent, in_run, shown_run, splits};
 
 fn named(model: &Model) -> String {
     let encoder = match model.encoder.is_empty() {
@@ -104,7 +104,7 @@ fn split_bars(models: &[Model], splits: &[&String]) -> String {
 
 /// The models a chart has colours for: all, or teacher and baseline, then the best on `split`, in the order of the tables and
 /// with colours of their own.
-fn drawn(report: &Report, models: &[Model], split: &str) -> Vec<Model> {
+pub(super) fn drawn(report: &Report, models: &[Model], split: &str) -> Vec<Model> {
     if models.len() <= N_COLORS {
         return models.to_vec();
     }
@@ -320,91 +320,6 @@ fn keys(models: &[Model], lines: bool) -> String {
         let _ = write!(out, "<li>{mark}{}</li>", escape(&model.name()));
     }
     out.push_str("</ul>\n");
-    out
-}
-
-/// One chart for each panel of curves.
-pub(super) fn curves(report: &Report, models: &[Model]) -> String {
-    if report.curves.is_empty() {
-        return String::new();
-    }
-    let mut panels: Vec<(&str, Vec<&Curve>)> = Vec::new();
-    for curve in &report.curves {
-        match panels.iter_mut().find(|p| p.0 == curve.panel) {
-            Some(panel) => panel.1.push(curve),
-            None => panels.push((&curve.panel, vec![curve])),
-        }
-    }
-    // Labels that name no model get the colours after the models'.
-    let first_free = models.iter().map(|m| m.color + 1).max().unwrap_or(1);
-    let name = |curve: &Curve| in_run(shown_run(report, &curve.run), curve.label.clone());
-    let mut others: Vec<String> = Vec::new();
-    for curve in &report.curves {
-        if model_of(curve, models).is_none() && !others.contains(&name(curve)) {
-            others.push(name(curve));
-        }
-    }
-    let key = |curve: &Curve| match model_of(curve, models) {
-        Some(model) => (model.color, model.name()),
-        None => (first_free + others.iter().position(|o| *o == name(curve)).unwrap_or(0), name(curve)),
-    };
-    let mut out = String::from("<section>\n<h2>Learning curves</h2>\n<div class=\"charts curves\">\n");
-    let (mut any_smoothed, mut any_left_out) = (false, false);
-    let shown = drawn(report, models, &report.selection_split);
-    for (panel, mut curves) in panels {
-        let mut names: Vec<String> = curves.iter().map(|c| key(c).1).collect();
-        names.sort_unstable();
-        names.dedup();
-        if names.len() > N_COLORS {
-            curves.retain(|c| shown.iter().any(|m| m.name() == key(c).1));
-            any_left_out = true;
-        }
-        // Where the models are more than the colours, each panel hands them out anew.
-        let mut names: Vec<(usize, String, usize)> = Vec::new();
-        for curve in &curves {
-            let (color, name) = key(curve);
-            match names.iter_mut().find(|n| n.1 == name) {
-                Some(entry) => entry.2 += 1,
-                None => names.push((if models.len() > N_COLORS { names.len() } else { color }, name, 1)),
-            }
-        }
-        let color = |curve: &Curve| names.iter().find(|n| n.1 == key(curve).1).map_or(0, |n| n.0);
-        let share = panel.contains("IoU") || panel.contains("accuracy");
-        let scale = if share { 100.0 } else { 1.0 };
-        let axis = if share { format!("{panel}, percent") } else { panel.to_string() };
-        let lines: Vec<Line> = curves
-            .iter()
-            .map(|c| Line {
-                color: color(c),
-                name: name(c),
-                x: c.x.clone(),
-                y: c.y.iter().map(|y| y * scale).collect(),
-            })
-            .collect();
-        any_smoothed |= curves.iter().any(|c| c.x.len() > 40);
-        let _ = write!(out, "<figure><h3>{}</h3>{}<ul class=\"keys\">", escape(panel), line_chart(&lines, &axis));
-        for (color, name, n) in names {
-            let runs = if n > 1 { format!(" <span class=\"enc\">&nbsp;{n} runs</span>") } else { String::new() };
-            let _ = write!(out, "<li>{}{}{runs}</li>", line_key(color), escape(&name));
-        }
-        out.push_str("</ul></figure>\n");
-    }
-    out.push_str("</div>\n");
-    if any_left_out {
-        let _ = writeln!(
-            out,
-            "<p class=\"muted small\">Where more than {N_COLORS} models have a curve, teacher, baseline and the best on {} are \
-             drawn; metrics.csv of each stage has all.</p>",
-            escape(&report.selection_split)
-        );
-    }
-    if any_smoothed {
-        out.push_str(
-            "<p class=\"muted small\">Strong lines are a centred moving average over a 25th of the run, faint ones every \
-             recorded value; single values beyond the frame are drawn at its edge.</p>\n",
-        );
-    }
-    out.push_str("</section>\n");
     out
 }
 
