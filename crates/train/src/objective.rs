@@ -229,26 +229,26 @@ impl Objective {
             TermKind::Cwd { .. } if taps.iter().all(|tap| tap == Taps::LOGITS) => Own::Nothing,
             TermKind::Cwd { .. } | TermKind::Fitnet { .. } => Own::Align(Align::new(&scope, from, to)?),
             TermKind::Mgd { masked, enhanced, .. } | TermKind::AfDcd { masked, enhanced, .. } => {
-                let kind = if *enhanced { "enhanced-generator" } else { "generator" };
-                let name = format!("{kind}-{masked}-{}", taps.join("-")).replace('.', "_");
-                if !self.shared.contains_key(&name) {
-                    let scope = self.adapters.root().pp(&name);
+                let form = if *enhanced { "enhanced-generator" } else { "generator" };
+                let module = format!("{form}-{masked}-{}", taps.join("-")).replace('.', "_");
+                if !self.shared.contains_key(&module) {
+                    let scope = self.adapters.root().pp(&module);
                     let generator = match enhanced {
                         true => MgdGenerator::enhanced(&scope, from, to)?,
                         false => MgdGenerator::new(&scope, from, to)?,
                     };
-                    self.shared.insert(name.clone(), Shared::Generator(generator, *masked));
+                    self.shared.insert(module.clone(), Shared::Generator(generator, *masked));
                 }
-                shared = Some(name);
+                shared = Some(module);
                 Own::Nothing
             }
             TermKind::CirkdPixel { slots, .. } | TermKind::CirkdRegion { slots, .. } => {
-                let name = format!("projection-{}", taps.join("-"));
-                if !self.shared.contains_key(&name) {
-                    let head = ProjectionHead::new(&self.adapters.root().pp(&name), from, to)?;
-                    self.shared.insert(name.clone(), Shared::Head(head));
+                let module = format!("projection-{}", taps.join("-"));
+                if !self.shared.contains_key(&module) {
+                    let head = ProjectionHead::new(&self.adapters.root().pp(&module), from, to)?;
+                    self.shared.insert(module.clone(), Shared::Head(head));
                 }
-                shared = Some(name);
+                shared = Some(module);
                 let entry = match &kind {
                     TermKind::CirkdPixel { pixels_an_image, .. } => Entry::Pixels(*pixels_an_image),
                     _ => Entry::Region,

@@ -150,7 +150,9 @@ impl Plan {
         let mut students = Vec::new();
         for method in methods {
             let objective = recipe.objectives.get(method).ok_or_else(|| {
-                let known: Vec<&str> = recipe.objectives.keys().map(String::as_str).collect();
+                // The points of a sweep are no objectives that anybody wrote.
+                let known = recipe.objectives.keys().map(String::as_str).filter(|known| !known.contains('='));
+                let known: Vec<&str> = known.collect();
                 usage!(
                     "unknown method `{method}`, known: all, {}\n  hint: a recipe may add [objectives.{method}]",
                     known.join(", ")
@@ -359,7 +361,7 @@ fn check_names(recipe: &Recipe, methods: &[String], written: &[String]) -> Resul
         if name != "ce" && !methods.contains(&name) {
             let known: Vec<&str> = recipe.objectives.keys().map(String::as_str).collect();
             return Err(usage!(
-                "objective `{name}` is set but no method uses it; methods: {}, objectives: {}\n  hint: --methods {name}",
+                "objective `{name}` is set but no method uses it; methods: {}, objectives: {}\n  hint: name it with --methods (a sweep: --method), or take it out",
                 methods.join(", "),
                 known.join(", ")
             ));
